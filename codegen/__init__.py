@@ -1,0 +1,1 @@
+"""Inductor lowerings, kernel templates and what they need to know about the machine."""
