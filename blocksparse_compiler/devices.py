@@ -1,0 +1,296 @@
+"""What the planner knows about a machine: `DeviceSpec`, the named ones, and this one.
+
+Units are in the field names; every figure names its source. `calibrate` replaces the figures of the
+present machine by measured ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import OptionError
+
+HOST = "host"
+KIB, MIB = 1024, 1024 * 1024
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One CPU, with the threads that run a kernel. Immutable; equal by content.
+
+    Args:
+        name: `"host"`, or a name that `device` knows.
+        isa: `"avx512"`, `"avx2"` or `"portable"`, as torch's vector classes use it.
+        threads: threads that share one kernel.
+        vector_bits, vector_registers: of one core.
+        peak_fp32_flops_per_second_per_thread: multiply and add count as two.
+        l1_bytes_per_thread, l2_bytes_per_thread, l3_bytes: data caches; L3 is shared.
+        l2_bytes_per_second_per_thread, l3_bytes_per_second, dram_bytes_per_second: streaming rates,
+            reads and writes together; L3 and DRAM for all threads together.
+        dense_call_seconds: fixed cost of one call of a dense operator.
+        sparse_call_seconds: fixed cost of one generated kernel.
+        thread_start_seconds: entering and leaving a parallel region.
+        efficiency: fraction of peak that kernels reach away from memory limits, by
+            `"dense/<geometry>"` and `"<bh>x<bw>/<geometry>"` (optionally `"<variant>/<bh>x<bw>/…"`);
+            see `cost.geometry` for the geometry names.
+        sources: where the figures come from, by field name.
+    """
+
+    name: str
+    isa: str
+    threads: int
+    vector_bits: int
+    vector_registers: int
+    peak_fp32_flops_per_second_per_thread: float
+    l1_bytes_per_thread: int
+    l2_bytes_per_thread: int
+    l3_bytes: int
+    l2_bytes_per_second_per_thread: float
+    l3_bytes_per_second: float
+    dram_bytes_per_second: float
+    dense_call_seconds: float
+    sparse_call_seconds: float
+    thread_start_seconds: float
+    efficiency: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("efficiency", "sources"):
+            object.__setattr__(self, key, dict(getattr(self, key)))
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+                raise OptionError(
+                    f"DeviceSpec({self.name!r})",
+                    f"{name} to be a positive number",
+                    repr(value),
+                    "Start from a named spec: devices.device('avx512-2core').with_figures(...).",
+                )
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def vector_lanes(self) -> int:
+        """fp32 numbers in one vector register."""
+        return self.vector_bits // 32
+
+    @property
+    def peak_fp32_flops_per_second(self) -> float:
+        """All threads together."""
+        return self.threads * self.peak_fp32_flops_per_second_per_thread
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over every figure (not over the name or the sources)."""
+        data = {key: value for key, value in self.to_json().items() if key not in ("name", "sources")}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+    def with_figures(self, source: str, **figures: Any) -> DeviceSpec:
+        """The same device with some figures replaced; `efficiency` is merged, `source` says whence."""
+        efficiency = {**self.efficiency, **figures.pop("efficiency", {})}
+        sources = {**self.sources, **dict.fromkeys(figures, source)}
+        return replace(self, efficiency=efficiency, sources=sources, **figures)
+
+    @classmethod
+    def host(cls) -> DeviceSpec:
+        """This machine: its ISA, threads and caches detected, other figures those of its ISA's class."""
+        isa = detect_isa()
+        base = SPECS[{"avx512": "avx512-2core", "avx2": "avx2-4core"}.get(isa, "portable-2core")]
+        threads = torch.get_num_threads()
+        # Shared bandwidth grows with the cores that pull on it, up to what a socket can deliver.
+        share = min(threads, 16) / base.threads
+        return base.with_figures("detected", name=HOST, threads=threads, **_detect_caches()).with_figures(
+            f"{base.name}, scaled by threads",
+            l3_bytes_per_second=base.l3_bytes_per_second * share,
+            dram_bytes_per_second=base.dram_bytes_per_second * max(1.0, share / 2),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> DeviceSpec:
+        """Raises `OptionError` on anything that `to_json` did not write."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise OptionError(
+                "DeviceSpec.from_json", "every field of a DeviceSpec", str(error), "Write it with to_json."
+            ) from error
+
+
+NUMBERS = tuple(f.name for f in fields(DeviceSpec) if f.name not in ("name", "isa", "efficiency", "sources"))
+
+
+def detect_isa() -> str:
+    """`"avx512"`, `"avx2"` or `"portable"`: what torch's vector classes use on this machine."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    return capability if capability in ("avx512", "avx2") else "portable"
+
+
+def _detect_caches(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
+    """Cache sizes from sysfs; empty where that does not exist."""
+    found: dict[str, int] = {}
+    for index in sorted(root.glob("index*")):
+        try:
+            level, kind = (index / "level").read_text().strip(), (index / "type").read_text().strip()
+            size = (index / "size").read_text().strip()
+        except OSError:
+            continue
+        if kind != "Instruction" and size.endswith("K"):
+            key = {"1": "l1_bytes_per_thread", "2": "l2_bytes_per_thread", "3": "l3_bytes"}.get(level)
+            if key:
+                found[key] = int(size[:-1]) * KIB
+    return found
+
+
+# ---- named devices -------------------------------------------------------------------------------
+
+# Fractions of peak, measured on the machine of avx512-2core over ResNet-50's layers; the ratio of ours
+# to dense carries over to other machines much better than the figures themselves.
+_EFFICIENCY = {
+    "dense/spatial": 0.95,
+    "dense/pointwise": 0.95,
+    "dense/linear": 0.90,
+    "dense/grouped": 0.45,
+    "dense/depthwise": 0.10,
+    "32x32/spatial": 0.90,
+    "32x32/pointwise": 0.85,
+    "32x32/linear": 0.85,
+    "16x16/spatial": 0.80,
+    "16x16/pointwise": 0.75,
+    "16x16/linear": 0.75,
+    "8x8/spatial": 0.45,
+    "8x8/pointwise": 0.40,
+    "8x8/linear": 0.40,
+}
+_MEASURED = "measured: AMD EPYC (Zen 5), 2 threads, torch 2.13, gcc 12"
+_ZEN5 = "AMD, Software Optimization Guide for the Zen 5 microarchitecture (58455)"
+_SPR = "Intel, 64 and IA-32 Architectures Optimization Reference Manual (248966), Golden Cove"
+_SKYLAKE = "Intel, 64 and IA-32 Architectures Optimization Reference Manual (248966), Skylake client"
+
+
+def _sources(default: str, **other: str) -> dict[str, str]:
+    return {**dict.fromkeys((*NUMBERS, "isa", "efficiency"), default), **other}
+
+
+_AVX512_2CORE = DeviceSpec(
+    name="avx512-2core",
+    isa="avx512",
+    threads=2,
+    vector_bits=512,
+    vector_registers=32,
+    peak_fp32_flops_per_second_per_thread=280e9,
+    l1_bytes_per_thread=48 * KIB,
+    l2_bytes_per_thread=1 * MIB,
+    l3_bytes=32 * MIB,
+    l2_bytes_per_second_per_thread=120e9,
+    l3_bytes_per_second=90e9,
+    dram_bytes_per_second=48e9,
+    dense_call_seconds=8e-6,
+    sparse_call_seconds=2e-6,
+    thread_start_seconds=3e-6,
+    efficiency=_EFFICIENCY,
+    sources=_sources(
+        _MEASURED,
+        isa=_ZEN5,
+        vector_bits=_ZEN5,
+        vector_registers=_ZEN5,
+        l1_bytes_per_thread=_ZEN5,
+        l2_bytes_per_thread=_ZEN5,
+        l3_bytes=_ZEN5,
+    ),
+)
+
+# Two 512-bit FMA units at 2.6 GHz under AVX-512 load; 8 channels of DDR5-4800 at 70 %.
+_AVX512_16CORE = _AVX512_2CORE.with_figures(
+    _SPR,
+    name="avx512-16core",
+    threads=16,
+    peak_fp32_flops_per_second_per_thread=166e9,
+    l2_bytes_per_thread=2 * MIB,
+    l3_bytes=30 * MIB,
+    l2_bytes_per_second_per_thread=100e9,
+    l3_bytes_per_second=320e9,
+    dram_bytes_per_second=200e9,
+    thread_start_seconds=6e-6,
+)
+
+# Two 256-bit FMA units at 3.6 GHz; 2 channels of DDR4-2666 at 75 %.
+_AVX2_4CORE = _AVX512_2CORE.with_figures(
+    _SKYLAKE,
+    name="avx2-4core",
+    isa="avx2",
+    threads=4,
+    vector_bits=256,
+    vector_registers=16,
+    peak_fp32_flops_per_second_per_thread=115e9,
+    l1_bytes_per_thread=32 * KIB,
+    l2_bytes_per_thread=256 * KIB,
+    l3_bytes=8 * MIB,
+    l2_bytes_per_second_per_thread=70e9,
+    l3_bytes_per_second=80e9,
+    dram_bytes_per_second=32e9,
+    efficiency={"32x32/spatial": 0.80, "32x32/pointwise": 0.78, "32x32/linear": 0.75},
+)
+
+# 128-bit vectors, multiply and add apart, at 3 GHz: torch's fallback classes on any machine.
+_PORTABLE_2CORE = _AVX2_4CORE.with_figures(
+    "assumed: 128-bit vectors at 3 GHz without fused multiply-add",
+    name="portable-2core",
+    isa="portable",
+    threads=2,
+    vector_bits=256,
+    vector_registers=16,
+    peak_fp32_flops_per_second_per_thread=24e9,
+    l3_bytes_per_second=40e9,
+    dram_bytes_per_second=20e9,
+    efficiency={"dense/spatial": 0.9, "32x32/spatial": 0.5, "32x32/pointwise": 0.5, "32x32/linear": 0.5},
+)
+
+SPECS: dict[str, DeviceSpec] = {
+    spec.name: spec for spec in (_AVX512_2CORE, _AVX512_16CORE, _AVX2_4CORE, _PORTABLE_2CORE)
+}
+
+
+def device(which: str | torch.device | DeviceSpec | os.PathLike[str] | None = None) -> DeviceSpec:
+    """The spec of a device.
+
+    Args:
+        which: `None`, `"cpu"`, `"host"` or a CPU `torch.device` for this machine (calibrated figures if
+            there are any), the name of a known device, a `.json` file written from
+            `DeviceSpec.to_json`, or a spec (returned as it is).
+
+    Raises:
+        OptionError: for anything else; the message lists the names.
+    """
+    if isinstance(which, DeviceSpec):
+        return which
+    if which is None or str(which) in (HOST, "cpu", "cpu:0"):
+        from .calibrate import calibrated
+
+        return calibrated(DeviceSpec.host())
+    name = os.fspath(which) if isinstance(which, os.PathLike) else str(which)
+    if name in SPECS:
+        return SPECS[name]
+    if name.endswith(".json") and Path(name).is_file():
+        try:
+            return DeviceSpec.from_json(json.loads(Path(name).read_text()))
+        except json.JSONDecodeError as error:
+            raise OptionError(f"device({name!r})", "a JSON file", str(error), "Write it again.") from error
+    raise OptionError(
+        f"device({name!r})",
+        "the name of a known device",
+        repr(name),
+        f"Known devices: {', '.join((HOST, *SPECS))}; or a .json file written from DeviceSpec.to_json.",
+    )
