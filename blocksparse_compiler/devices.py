@@ -38,6 +38,7 @@ class DeviceSpec:
         dense_call_seconds: fixed cost of one call of a dense operator.
         sparse_call_seconds: fixed cost of one generated kernel.
         thread_start_seconds: entering and leaving a parallel region.
+        epilogue_seconds_per_vector: bias, activation and store of one vector of outputs, on one thread.
         efficiency: fraction of peak that kernels reach away from memory limits, by
             `"dense/<geometry>"` and `"<bh>x<bw>/<geometry>"` (optionally `"<variant>/<bh>x<bw>/…"`);
             see `cost.geometry` for the geometry names.
@@ -59,6 +60,7 @@ class DeviceSpec:
     dense_call_seconds: float
     sparse_call_seconds: float
     thread_start_seconds: float
+    epilogue_seconds_per_vector: float
     efficiency: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -200,6 +202,7 @@ _AVX512_2CORE = DeviceSpec(
     dense_call_seconds=8e-6,
     sparse_call_seconds=2e-6,
     thread_start_seconds=3e-6,
+    epilogue_seconds_per_vector=0.5e-9,
     efficiency=_EFFICIENCY,
     sources=_sources(
         _MEASURED,

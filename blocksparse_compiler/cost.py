@@ -1,0 +1,342 @@
+"""What each way to run a layer costs, and which one to take.
+
+A cost is a small symbolic record: sympy expressions in the sizes that are unknown until run time. The
+time is a roofline with fixed terms,
+
+    seconds = max(flops / (peak * efficiency), bytes / bandwidth) + call overhead,
+
+after Williams, Waterman, Patterson, "Roofline" (CACM 52(4), 2009). The efficiency of a block-sparse
+kernel depends on its block shape and on how well the layer fills register tiles and threads; a block row
+pays for its epilogue however few tiles it keeps.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from .devices import DeviceSpec
+from .pattern import BlockPattern, BlockShape
+from .plan import DENSE, Decision, Site
+
+MARGIN = 0.95
+"""A sparse kernel must be estimated below this fraction of the dense time to be chosen."""
+
+DEFAULT_HINT = 8
+"""Stands in for a symbolic size without a hint."""
+
+_TILE_PIXELS = 14  # register tile of the CPU kernels: pixels x two vectors of outputs
+_BYTES = 4
+_FUNCTIONS = {"floor", "ceiling", "Max", "Min", "Mod", "Piecewise"}
+
+Hints = Mapping[str, int]
+
+
+# ---- the record ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one candidate needs; every field is a sympy expression in the layer's symbolic sizes.
+
+    Args:
+        flops: multiply and add count as two; kept tiles only.
+        bytes: compulsory traffic of input, weight and output.
+        compute_seconds, memory_seconds: the two roofs.
+        overhead_seconds: paid on top.
+    """
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+    compute_seconds: sympy.Expr
+    memory_seconds: sympy.Expr
+    overhead_seconds: sympy.Expr
+
+    @property
+    def seconds(self) -> sympy.Expr:
+        return sympy.Max(self.compute_seconds, self.memory_seconds) + self.overhead_seconds
+
+    def evaluate(self, hints: Hints | None = None) -> float:
+        """Seconds for these sizes; `DEFAULT_HINT` for a symbol without a hint."""
+        roofs = (self.compute_seconds, self.memory_seconds)
+        return max(value(roof, hints) for roof in roofs) + value(self.overhead_seconds, hints)
+
+    def limit(self, hints: Hints | None = None) -> str:
+        """What bounds the time: `"compute"`, `"memory"` or `"overhead"`."""
+        parts = {
+            "compute": value(self.compute_seconds, hints),
+            "memory": value(self.memory_seconds, hints),
+            "overhead": value(self.overhead_seconds, hints),
+        }
+        return max(parts, key=parts.__getitem__)
+
+
+def symbolic(size: int | str) -> sympy.Expr:
+    """A size of a `Site` as a sympy expression over positive integer symbols."""
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    names = set(re.findall(r"[A-Za-z_]\w*", size)) - _FUNCTIONS
+    local = {name: sympy.Symbol(name, integer=True, positive=True) for name in names}
+    return sympy.sympify(size, locals=local)
+
+
+def value(expression: sympy.Expr, hints: Hints | None = None) -> float:
+    """The number an expression takes for these sizes."""
+    if expression.is_number:
+        return float(expression)
+    known = hints or {}
+    return float(expression.subs({s: known.get(s.name, DEFAULT_HINT) for s in expression.free_symbols}))
+
+
+# ---- geometry --------------------------------------------------------------------------------------
+
+
+def geometry(site: Site) -> str:
+    """`"linear"`, `"pointwise"`, `"spatial"`, `"grouped"` or `"depthwise"`: the classes of efficiency."""
+    if site.groups > 1:
+        return "depthwise" if site.groups == site.in_channels else "grouped"
+    if not site.kernel_size:
+        return "linear"
+    return "pointwise" if math.prod(site.kernel_size) == 1 else "spatial"
+
+
+def positions(site: Site) -> sympy.Expr:
+    """Number of output pixels (rows of a linear layer), all images together."""
+    sizes = site.input_shape[:-1] if not site.kernel_size else (site.input_shape[0], *site.output_spatial)
+    return sympy.Mul(*(symbolic(size) for size in sizes))
+
+
+def weight_elements(site: Site) -> int:
+    return site.out_channels * (site.in_channels // site.groups) * math.prod(site.kernel_size)
+
+
+def _activation_bytes(site: Site) -> sympy.Expr:
+    """Input read once, output written once (and fetched first, as caches do)."""
+    read = sympy.Mul(*(symbolic(size) for size in site.input_shape))
+    return _BYTES * (read + 2 * positions(site) * site.out_channels)
+
+
+def _memory_seconds(traffic: sympy.Expr, device: DeviceSpec) -> sympy.Expr:
+    """Time to move `traffic` bytes at the rate of the smallest cache that holds them."""
+    l2 = device.threads * device.l2_bytes_per_thread
+    return sympy.Piecewise(
+        (traffic / (device.threads * device.l2_bytes_per_second_per_thread), traffic <= l2),
+        (traffic / device.l3_bytes_per_second, traffic <= device.l3_bytes),
+        (traffic / device.dram_bytes_per_second, True),
+    )
+
+
+# ---- candidates ------------------------------------------------------------------------------------
+
+
+def dense_cost(site: Site, device: DeviceSpec) -> Cost:
+    """The layer as a dense operator of torch."""
+    pixels = positions(site)
+    flops = 2 * pixels * weight_elements(site)
+    if site.transposed:  # every input pixel meets the whole kernel
+        flops = 2 * sympy.Mul(*(symbolic(s) for s in site.input_shape)) * weight_elements(site)
+        flops /= site.in_channels
+    traffic = _activation_bytes(site) + _BYTES * weight_elements(site)
+    rate = device.peak_fp32_flops_per_second * device.efficiency.get(f"dense/{geometry(site)}", 0.5)
+    return Cost(
+        flops,
+        traffic,
+        flops / rate,
+        _memory_seconds(traffic, device),
+        sympy.Float(device.dense_call_seconds + device.thread_start_seconds),
+    )
+
+
+def sparse_cost(
+    site: Site,
+    pattern: BlockPattern | BlockShape,
+    device: DeviceSpec,
+    variant: str = "",
+    *,
+    density: float = 1.0,
+) -> Cost:
+    """The layer on a block-sparse kernel.
+
+    Args:
+        pattern: the kept tiles; or a block shape, for tiles of that `density` spread evenly.
+        variant: name of the kernel variant, for figures measured for it alone.
+    """
+    if isinstance(pattern, BlockPattern):
+        block, kept, skew = pattern.block_shape, pattern.kept_elements, _row_skew(pattern, device)
+    else:
+        block, kept, skew = pattern, density * weight_elements(site), 1.0
+    pixels = positions(site)
+    flops = 2 * pixels * kept
+    traffic = _activation_bytes(site) + _BYTES * sympy.sympify(kept)
+    rate = device.peak_fp32_flops_per_second * efficiency(site, block, device, variant)
+    # Either pixels or block rows are split over the threads, whichever divides better.
+    chunks = sympy.ceiling(pixels / _TILE_PIXELS)
+    turns = sympy.ceiling(chunks / device.threads) * device.threads / chunks
+    fill = pixels / (chunks * _TILE_PIXELS)
+    imbalance = sympy.Min(turns, skew)
+    vectors = pixels * -(-site.out_channels // device.vector_lanes)
+    epilogue = vectors * device.epilogue_seconds_per_vector / device.threads
+    return Cost(
+        flops,
+        traffic,
+        flops * imbalance / (rate * fill) + epilogue,
+        _memory_seconds(traffic, device),
+        sympy.Float(device.sparse_call_seconds + device.thread_start_seconds),
+    )
+
+
+def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant: str = "") -> float:
+    """Fraction of peak that kept tiles run at: the device's figure for the nearest smaller block shape."""
+    kind = geometry(site)
+    kind = "linear" if not site.kernel_size else "spatial" if kind in ("grouped", "depthwise") else kind
+    bh, bw = block_shape
+    table = device.efficiency
+    for exact in (f"{variant}/{bh}x{bw}/{kind}", f"{bh}x{bw}/{kind}"):
+        if exact in table:
+            return table[exact]
+    square = max((s for s in (32, 16, 8) if s <= min(bh, max(bw, 8))), default=0)
+    if square:
+        return table.get(f"{square}x{square}/{kind}", 0.3)
+    # Narrower than a vector: lanes go unused in proportion.
+    return table.get(f"8x8/{kind}", 0.3) * bh / 8
+
+
+def _row_skew(pattern: BlockPattern, device: DeviceSpec) -> float:
+    """Time of the slowest thread over the mean, with whole block rows shared out by kept tiles."""
+    tiles = pattern.kept.sum((1, 2)).tolist()
+    total = sum(tiles)
+    return max(1.0, device.threads * max(tiles) / total) if total else 1.0
+
+
+# ---- break-even ------------------------------------------------------------------------------------
+
+
+def break_even_density(
+    site: Site,
+    block_shape: BlockShape,
+    device: DeviceSpec,
+    *,
+    variant: str = "",
+    hints: Hints | None = None,
+    margin: float = MARGIN,
+) -> float:
+    """Largest kept fraction, in `[0, 1]`, at which the sparse kernel still beats `margin` x dense."""
+    target = margin * dense_cost(site, device).evaluate(hints)
+
+    def pays(density: float) -> bool:
+        return sparse_cost(site, block_shape, device, variant, density=density).evaluate(hints) < target
+
+    if pays(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low
+
+
+# ---- the decision ----------------------------------------------------------------------------------
+
+
+def choose(
+    site: Site,
+    weight_patterns: Sequence[BlockPattern],
+    device: DeviceSpec,
+    *,
+    allow_dense: bool = True,
+    hints: Hints | None = None,
+) -> Decision:
+    """The cheapest way to run a layer, and one sentence saying why.
+
+    Args:
+        site: the layer.
+        weight_patterns: its weight, tiled by one or more block shapes; each covers every nonzero.
+        device: the machine to plan for.
+        allow_dense: `False` takes the best sparse kernel that can run the layer, even if it does not pay.
+        hints: numbers for symbolic sizes.
+    """
+    from .variants import VARIANTS
+
+    obstacle = _structural_obstacle(site, weight_patterns, allow_dense)
+    if obstacle:
+        return Decision(site, DENSE, f"stays dense: {obstacle}")
+    dense_seconds = dense_cost(site, device).evaluate(hints)
+    candidates, refusals = [], []
+    for pattern in weight_patterns:
+        for name, variant in VARIANTS.items():
+            refusal = variant.unsupported(site, pattern)
+            if refusal:
+                refusals.append(refusal)
+                continue
+            seconds = sparse_cost(site, pattern, device, name).evaluate(hints)
+            candidates.append((seconds, name, pattern))
+    estimates = {DENSE: dense_seconds}
+    for seconds, name, pattern in sorted(candidates, key=lambda c: c[0], reverse=True):
+        estimates[name] = seconds
+        estimates[candidate_label(name, pattern.block_shape)] = seconds
+    if not candidates:
+        return Decision(site, DENSE, f"stays dense: {_most_common(refusals)}", estimates=estimates)
+    seconds, name, pattern = min(candidates, key=lambda c: c[0])
+    if allow_dense and seconds >= MARGIN * dense_seconds:
+        reason = _why_dense(site, name, pattern, device, hints)
+        return Decision(site, DENSE, reason, pattern, estimates=estimates)
+    config = next(iter(VARIANTS[name].configs(site, pattern, device)), {})
+    reason = _why_sparse(pattern, seconds, dense_seconds, allow_dense)
+    return Decision(site, name, reason, pattern, config, estimates)
+
+
+def candidate_label(variant: str, block_shape: BlockShape) -> str:
+    """Key of `Decision.estimates` for one variant at one block shape."""
+    return f"{variant} {block_shape[0]}x{block_shape[1]}"
+
+
+def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_dense: bool) -> str | None:
+    """Why no sparse kernel can serve this layer, whatever its cost."""
+    if geometry(site) == "depthwise" and site.in_channels > 1:
+        return "depthwise convolution has one input channel per group"
+    if not site.input_shape:
+        return "its input shape is unknown"
+    if not patterns or (allow_dense and all(p.num_kept == p.kept.numel() for p in patterns)):
+        return "no zero blocks found in any supported tile shape"
+    return None
+
+
+def _why_sparse(pattern: BlockPattern, seconds: float, dense_seconds: float, allow_dense: bool) -> str:
+    ratio = f"{dense_seconds / seconds:.1f}x"
+    reason = (
+        f"{_kept(pattern)} kept: {format_seconds(seconds)} against {format_seconds(dense_seconds)} dense "
+        f"({ratio})"
+    )
+    return reason if allow_dense or seconds < dense_seconds else f"{reason}; dense is not allowed here"
+
+
+def _why_dense(
+    site: Site, variant: str, pattern: BlockPattern, device: DeviceSpec, hints: Hints | None
+) -> str:
+    limit = break_even_density(site, pattern.block_shape, device, variant=variant, hints=hints)
+    if limit < 0.01:
+        return "stays dense: too little work at this size for any sparse kernel to pay"
+    if pattern.density < limit:
+        return f"stays dense: the {_kept(pattern)} kept are too uneven over the output channels to pay"
+    return f"stays dense: {pattern.density:.0%} kept needs below {limit:.0%} to pay at this size"
+
+
+def _kept(pattern: BlockPattern) -> str:
+    bh, bw = pattern.block_shape
+    return f"{pattern.density:.0%} of {bh}x{bw} tiles"
+
+
+def _most_common(refusals: Sequence[str]) -> str:
+    return max(refusals, key=refusals.count) if refusals else "no kernel supports this layer"
+
+
+def format_seconds(seconds: float) -> str:
+    """Three significant digits in the unit that suits: `"0.41 ms"`, `"12.3 us"`, `"1.20 s"`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size * (1.0 if unit == "s" else 0.1):
+            return f"{seconds / size:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} us"
