@@ -1,0 +1,70 @@
+"""What every benchmark writes: the machine it ran on, JSON, and one picture."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+RESULTS = Path(__file__).parent / "results"
+
+console = Console()
+
+
+def progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to judge the figures."""
+    return {
+        "cpu": _cpu_model(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    """Brand, family and model: hypervisors often hide all but the last two."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    brand = fields.get("model name") or platform.machine()
+    return f"{brand} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def save(name: str, rows: Sequence[dict[str, Any]], folder: Path = RESULTS, **more: Any) -> Path:
+    """Writes `<folder>/<name>.json`: the machine, the rows, and whatever else is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **more, "rows": list(rows)}, indent=1) + "\n")
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text())
+    return data
+
+
+def best(timings: dict[str, Any], key: str = "median_ms") -> str:
+    """Name of the fastest candidate."""
+    return min(timings, key=lambda name: timings[name][key])
+
+
+def speedup(dense: dict[str, Any], ours: dict[str, Any], key: str = "median_ms") -> float:
+    """Fastest dense time over ours; both as written by `Timing.to_json`."""
+    return float(dense[best(dense, key)][key] / ours[key])

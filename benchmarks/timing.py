@@ -1,0 +1,64 @@
+"""Interleaved timing: the candidates take turns, so that a slow moment of the machine hits all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Call = Callable[[], Any]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    minimum: float
+    rounds: int
+
+    def to_json(self) -> dict[str, float | int]:
+        return {"median_ms": self.median * 1e3, "minimum_ms": self.minimum * 1e3, "rounds": self.rounds}
+
+
+def interleave(
+    calls: Mapping[str, Call], *, budget: float = 0.5, rounds: tuple[int, int] = (7, 50), warmup: int = 3
+) -> dict[str, Timing]:
+    """Times every call once per round, as many rounds as fit `budget` seconds (within `rounds`)."""
+    for _ in range(warmup):
+        began = time.perf_counter()
+        for call in calls.values():
+            call()
+    per_round = time.perf_counter() - began
+    count = max(rounds[0], min(rounds[1], int(budget / per_round)))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(count):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(s), min(s), count) for name, s in seconds.items()}
+
+
+def fresh_code(function: F) -> F:
+    """The same function with a code object of its own.
+
+    Dynamo keeps one list of compiled variants per code object and searches it at every call: without
+    this, the tenth layer that a benchmark compiles would pay for the guards of nine others.
+    """
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    return copy  # type: ignore[return-value]
+
+
+def geometric_mean(values: list[float]) -> float:
+    return statistics.geometric_mean(values) if values else float("nan")
