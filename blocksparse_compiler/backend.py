@@ -1,0 +1,211 @@
+"""`torch.compile(model, backend="blocksparse")`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .codegen import inductor_api, lowerings, source_digest
+from .devices import DeviceSpec
+from .dump import GraphDump
+from .errors import BlockSparseError
+from .options import BackendOptions
+from .passes.lower_sites import remove_unused_constants
+from .passes.pipeline import PassContext, run_pipeline
+from .plan import Plan
+from .planning import copy_graph
+from .weight_guard import WeightGuard
+
+log = logging.getLogger("blocksparse_compiler")
+
+MAX_RECOMPILES = 8
+_IN_PLACE_FUNCTIONS = {"setitem", "iadd", "isub", "imul", "itruediv"}
+
+
+def blocksparse(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """The Dynamo backend: finds zero blocks in conv and linear weights and compiles them away.
+
+    Without gradients, weights are frozen into the kernels, and watched: a change recompiles. With
+    gradients the graph goes to Inductor as it is.
+
+    Args:
+        mode: as for Inductor (`"default"`, `"reduce-overhead"`, `"max-autotune"` …).
+        options: see `BackendOptions`; anything else is passed to Inductor.
+
+    Raises:
+        OptionError: for an unknown option or value.
+        BlockSparseError: for a given plan that does not fit, or weights that are not finite.
+    """
+    parsed = BackendOptions.parse(options)
+    config = {**inductor_api.mode_options(mode), **parsed.inductor}
+    if _needs_gradients(example_inputs):
+        log.warning(
+            "gradients are enabled: compiled for training, on Inductor's dense kernels. "
+            "For inference call the compiled model under torch.no_grad() or torch.inference_mode()."
+        )
+        return inductor_api.compile_fx(gm, list(example_inputs), config)
+    return CompiledGraph(gm, example_inputs, parsed, config)
+
+
+class CompiledGraph:
+    """One frozen inference graph, recompiled when its weights change."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        options: BackendOptions,
+        config: dict[str, Any],
+    ) -> None:
+        self.plan = Plan()
+        self._options, self._config = options, config
+        self._original = copy_graph(gm)
+        self._fake_mode = inductor_api.current_fake_mode()
+        mutated = _mutated_inputs(gm)
+        self._static: list[int] = []
+        self._dynamic: list[int] = []
+        for i, (node, value) in enumerate(
+            zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        ):
+            frozen = inductor_api.is_static_input(value) and node not in mutated
+            (self._static if frozen else self._dynamic).append(i)
+        self._recompiles = 0
+        self._frozen = True
+        self._compile(example_inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        if self._frozen and self._guard.changed([args[i] for i in self._static]):
+            self._recompile(args)
+        if not self._frozen:
+            return self._run(*args)
+        return self._run(*[args[i] for i in self._dynamic])
+
+    def _recompile(self, args: Sequence[Any]) -> None:
+        self._recompiles += 1
+        if self._recompiles > MAX_RECOMPILES:
+            log.warning(
+                "weights changed %d times since compilation: this graph now runs on Inductor's dense "
+                "kernels, which read weights anew on each call. Compile again once the weights are final.",
+                self._recompiles,
+            )
+            self._compile_unfrozen(args)
+            return
+        log.info("a weight changed after compilation: compiling again (%d)", self._recompiles)
+        with inductor_api.tracing(self._fake_mode):
+            self._compile(args)
+
+    def _compile(self, args: Sequence[Any]) -> None:
+        statics = [args[i] for i in self._static]
+        gm = _freeze_inputs(copy_graph(self._original), dict(zip(self._static, statics, strict=True)))
+        dump = GraphDump(self._options.dump_dir)
+        lowered, self.plan = self._lower(gm, dump)
+        inputs = [_example(node, args[i]) for node, i in self._dynamic_placeholders(args)]
+        config = {
+            **self._config,
+            "freezing": True,
+            "post_grad_custom_post_pass": inductor_api.cache_key_pass(source_digest(), self._config),
+        }
+        with torch.no_grad(), dump.sources():
+            self._run = inductor_api.compile_fx(lowered, inputs, config)
+        self._guard = WeightGuard(statics, self._options.guard)
+
+    def _lower(self, gm: GraphModule, dump: GraphDump) -> tuple[GraphModule, Plan]:
+        """Our passes on `gm`; the graph as it was, if they fail for a reason that is not the user's."""
+        lowerings.register()
+        context = PassContext(
+            DeviceSpec.host_calibrated() if hasattr(DeviceSpec, "host_calibrated") else DeviceSpec.host(),
+            block_shape=self._options.block_shape,
+            allow_dense=self._options.dense == "auto",
+            given_plan=self._options.plan,
+            on_pass=dump.on_pass,
+        )
+        work = copy_graph(gm)
+        try:
+            plan = run_pipeline(work, context)
+        except BlockSparseError:
+            raise
+        except Exception:
+            log.exception("the block-sparse passes failed; this graph stays dense")
+            return gm, Plan()
+        dump.plan(plan)
+        return work, plan
+
+    def _compile_unfrozen(self, args: Sequence[Any]) -> None:
+        inputs = [
+            _example(node, value)
+            for node, value in zip(self._original.graph.find_nodes(op="placeholder"), args, strict=True)
+        ]
+        with inductor_api.tracing(self._fake_mode), torch.no_grad():
+            self._run = inductor_api.compile_fx(copy_graph(self._original), inputs, self._config)
+        self._frozen = False
+
+    def _dynamic_placeholders(self, args: Sequence[Any]) -> list[tuple[Node, int]]:
+        nodes = list(self._original.graph.find_nodes(op="placeholder"))
+        return [(nodes[i], i) for i in self._dynamic]
+
+
+def _example(node: Node, value: Any) -> Any:
+    """The fake tensor or symbol that Dynamo traced with: a real value would make sizes static."""
+    return node.meta.get("example_value", value)
+
+
+def _needs_gradients(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
+
+
+def _freeze_inputs(gm: GraphModule, values: dict[int, Tensor]) -> GraphModule:
+    """Turns the placeholders at these positions into buffers."""
+    for i, node in enumerate(list(gm.graph.find_nodes(op="placeholder"))):
+        if i not in values:
+            continue
+        name = f"_frozen_{i}"
+        gm.register_buffer(name, values[i].detach(), persistent=False)
+        with gm.graph.inserting_before(node):
+            attribute = gm.graph.get_attr(name)
+        attribute.meta = {k: v for k, v in node.meta.items() if k == "example_value"}
+        node.replace_all_uses_with(attribute)
+        gm.graph.erase_node(node)
+    remove_unused_constants(gm)
+    gm.recompile()
+    return gm
+
+
+def _mutated_inputs(gm: GraphModule) -> set[Node]:
+    """Placeholders that the graph may write to, directly or through a view: these are never frozen."""
+    mutated: set[Node] = set()
+    for node in gm.graph.nodes:
+        if _writes_first_argument(node) and node.args:
+            root = node.args[0]
+            while isinstance(root, Node) and root.op != "placeholder":
+                root = root.args[0] if root.args else None
+            if isinstance(root, Node):
+                mutated.add(root)
+        if node.target is torch.nn.functional.batch_norm and _bind_training(node):
+            mutated.update(n for n in node.all_input_nodes if n.op == "placeholder")
+        out = node.kwargs.get("out")
+        if isinstance(out, Node):
+            mutated.add(out)
+    return mutated
+
+
+def _writes_first_argument(node: Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_FUNCTIONS
+
+
+def _bind_training(node: Node) -> bool:
+    return bool(node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False))

@@ -1,0 +1,52 @@
+"""`plan`: the decisions about a graph, made on any machine for any device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .devices import DeviceSpec
+from .devices import device as find_device
+from .passes.choose_kernels import choose_kernels
+from .passes.fold_batch_norm import fold_batch_norm
+from .passes.fold_constants import fold_constants
+from .pattern import BlockShape
+from .plan import Plan
+
+
+def plan(
+    gm: GraphModule,
+    device: str | torch.device | DeviceSpec | None = None,
+    *,
+    block_shape: BlockShape | None = None,
+    allow_dense: bool = True,
+    hints: Mapping[str, int] | None = None,
+) -> Plan:
+    """Finds the sites of `gm` and decides about each; `gm` itself is not changed.
+
+    Args:
+        gm: a graph from `trace`, Dynamo or `torch.export`.
+        device: a `DeviceSpec`, the name of a known one, or None for this machine.
+        block_shape, allow_dense, hints: as in `passes.choose_kernels`.
+    """
+    spec = device if isinstance(device, DeviceSpec) else find_device(device)
+    copied = copy_graph(gm)
+    fold_constants(copied)
+    fold_batch_norm(copied)
+    return choose_kernels(copied, spec, block_shape=block_shape, allow_dense=allow_dense, hints=hints)
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A graph module of its own over the same tensors: passes may rewrite it freely."""
+    attributes: dict[str, Any] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            value: Any = gm
+            for part in node.target.split("."):
+                value = getattr(value, part)
+            attributes[node.target] = value
+    return GraphModule(attributes, copy.deepcopy(gm.graph))

@@ -1,0 +1,98 @@
+"""The one module that touches torch's private surface (Inductor, Dynamo, guards).
+
+Everything else in the package imports these names from here, so that a torch release that moves
+something is met in one place. Supported: torch 2.11 to 2.15.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._inductor
+import torch._inductor.config as inductor_config
+import torch._inductor.lowering  # before codegen.cpp_template: they import each other
+from torch._guards import TracingContext
+from torch._guards import tracing as _tracing
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.graph import GraphLowering
+from torch.fx import GraphModule
+
+# ---- the backend's needs ---------------------------------------------------------------------------
+
+
+@functools.cache
+def inductor_option_names() -> frozenset[str]:
+    """Names of every Inductor option a user may pass."""
+    return frozenset(torch._inductor.list_options())
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """What a `torch.compile` mode means for Inductor. Raises RuntimeError for an unknown mode."""
+    return dict(torch._inductor.list_mode_options(mode)) if mode and mode != "default" else {}
+
+
+def compile_fx(gm: GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]) -> Callable[..., Any]:
+    """Inductor's compiler on a Dynamo-level graph, under these options."""
+    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    return inductor_compile_fx(gm, list(inputs), config_patches=dict(config))
+
+
+def is_static_input(value: Any) -> bool:
+    """Whether Dynamo passes this graph input by reference to a parameter or buffer of the model."""
+    return isinstance(value, torch.Tensor) and getattr(value, "_dynamo_static_input_type", None) is not None
+
+
+def current_fake_mode() -> Any:
+    """The fake mode of the trace in progress, or None."""
+    context = TracingContext.try_get()
+    return context.fake_mode if context else None
+
+
+@contextlib.contextmanager
+def tracing(fake_mode: Any) -> Iterator[None]:
+    """A fresh tracing context around a compilation that Dynamo did not start."""
+    with _tracing(TracingContext(fake_mode)):
+        yield
+
+
+class _CacheKey(CustomGraphPass):
+    """Rewrites nothing; its uuid makes Inductor's graph cache see our templates and headers."""
+
+    def __init__(self, key: str, inner: Any = None) -> None:
+        self._key, self._inner = key, inner
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if self._inner is not None:
+            self._inner(graph)
+
+    def uuid(self) -> Any:
+        if self._inner is None:
+            return self._key
+        inner = self._inner.uuid() if isinstance(self._inner, CustomGraphPass) else None
+        return None if inner is None else (self._key, inner)
+
+
+def cache_key_pass(key: str, config: Mapping[str, Any]) -> CustomGraphPass:
+    """A post-grad pass that adds `key` to the cache key and still runs the user's own pass."""
+    name = "post_grad_custom_post_pass"
+    return _CacheKey(key, config.get(name, getattr(inductor_config, name)))
+
+
+@contextlib.contextmanager
+def capture_sources() -> Iterator[list[str]]:
+    """Collects the Python and C++ text of every graph that Inductor compiles meanwhile.
+
+    A graph served from Inductor's cache is reported as well.
+    """
+    sources: list[str] = []
+    original = GraphLowering.__dict__["save_output_code"]
+    GraphLowering.save_output_code = staticmethod(sources.append)
+    try:
+        yield sources
+    finally:
+        GraphLowering.save_output_code = original

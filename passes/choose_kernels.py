@@ -1,0 +1,130 @@
+"""Decides for every site whether a block-sparse kernel pays, and which one. Changes nothing.
+
+For each site: evaluate its weight, find the kept tiles in every block shape that a kernel supports, and
+ask the cost model. A plan given by the user is checked against the weights and obeyed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .. import cost
+from ..devices import DeviceSpec
+from ..errors import LayerError, PlanError
+from ..pattern import BlockPattern, BlockShape
+from ..plan import DENSE, Decision, Plan, Site
+from .calls import LayerCall
+from .find_sites import sites_with_calls
+from .static_values import StaticValues
+
+BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8))
+
+
+def choose_kernels(
+    gm: GraphModule,
+    device: DeviceSpec,
+    *,
+    block_shape: BlockShape | None = None,
+    allow_dense: bool = True,
+    hints: Mapping[str, int] | None = None,
+    plan: Plan | None = None,
+) -> Plan:
+    """The `Plan` for `gm` on `device`.
+
+    Args:
+        block_shape: consider only this tile; by default every supported one.
+        allow_dense: False forces a kernel wherever one exists ("never" in the backend's options).
+        hints: values for symbolic sizes; by default those seen while tracing.
+        plan: obey these decisions for the layers they name.
+
+    Raises:
+        PlanError: if `plan` would drop nonzero weights or names a kernel that does not exist.
+        LayerError: if a weight holds NaN or infinity.
+    """
+    shapes = BLOCK_SHAPES if block_shape is None else (block_shape,)
+    hints = {**_hints(gm), **(hints or {})}
+    values = StaticValues(gm)
+    given = {d.site.name: d for d in plan} if plan else {}
+    decisions = []
+    for call, site in sites_with_calls(gm):
+        weight = values.get(call.weight)
+        if site.name in given:
+            decisions.append(_obey(given[site.name], site, weight))
+        elif weight is None:
+            decisions.append(Decision(site, DENSE, "stays dense: the weight is computed from the input"))
+        else:
+            patterns = find_patterns(call, site, weight, shapes)
+            decisions.append(cost.choose(site, patterns, device, allow_dense=allow_dense, hints=hints))
+    return Plan(tuple(decisions), device.name)
+
+
+def find_patterns(
+    call: LayerCall, site: Site, weight: Tensor, shapes: Sequence[BlockShape] = BLOCK_SHAPES
+) -> list[BlockPattern]:
+    """The tiles of each block shape that hold a nonzero, for shapes in which at least one tile is zero."""
+    if not torch.isfinite(weight).all():
+        raise LayerError(
+            site.name,
+            "finite weights",
+            f"{int((~torch.isfinite(weight)).sum())} NaN or infinite values",
+            "Find where training diverged, or load a good checkpoint.",
+        )
+    if call.transposed:
+        weight = canonical_transposed(weight, call.groups)
+    if weight.ne(0).all():
+        return []
+    out_group, in_group = site.out_channels // site.groups, site.in_channels // site.groups
+    found = []
+    for bh, bw in shapes:
+        if bh <= out_group and bw <= in_group:
+            pattern = BlockPattern.from_weight(weight, (bh, bw), site.groups)
+            if pattern.num_kept < pattern.kept.numel():
+                found.append(pattern)
+    return found
+
+
+def canonical_transposed(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight `[C, O/groups, *k]` as `[O, C/groups, *k]`."""
+    in_channels, out_group, *kernel = weight.shape
+    grouped = weight.reshape(groups, in_channels // groups, out_group, *kernel).transpose(1, 2)
+    return grouped.reshape(groups * out_group, in_channels // groups, *kernel)
+
+
+def _obey(decision: Decision, site: Site, weight: Tensor | None) -> Decision:
+    if decision.is_dense:
+        return replace(decision, site=site)
+    pattern = decision.pattern
+    fits = pattern is not None and weight is not None and pattern.weight_shape == tuple(weight.shape)
+    if not fits:
+        raise PlanError(
+            site.name,
+            f"a plan for a weight of shape {None if weight is None else list(weight.shape)}",
+            f"one for {pattern and list(pattern.weight_shape)}",
+            "Make the plan from this model (blocksparse_compiler.plan).",
+        )
+    if not bool(weight.masked_fill(pattern.mask(weight.device), 0).eq(0).all()):
+        raise PlanError(
+            site.name,
+            "zero weights outside the plan's kept tiles",
+            "nonzero ones, which the plan would drop",
+            "Make the plan again: the weights have changed since.",
+        )
+    return replace(decision, site=site)
+
+
+def _hints(gm: GraphModule) -> dict[str, int]:
+    """The sizes that symbolic dimensions had while tracing."""
+    found: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        value = node.meta.get("val", node.meta.get("example_value"))
+        for size in value.shape if isinstance(value, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt) and str(size.node.expr) not in found:
+                hint = size.node.hint
+                if hint is not None:
+                    found[str(size.node.expr)] = int(hint)
+    return found

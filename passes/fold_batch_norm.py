@@ -1,0 +1,86 @@
+"""Folds inference-mode batch norm into the convolution or linear layer before it.
+
+    batch_norm(conv(x, W, b))   →   conv(x, W * s, (b - mean) * s + beta),   s = gamma / sqrt(var + eps)
+
+Zero tiles stay zero: a row is only scaled. A layer whose raw output is used elsewhere is left alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .calls import LayerCall, NormCall, layer_call, norm_call
+from .static_values import StaticValues, set_constant
+
+
+def fold_batch_norm(gm: GraphModule) -> int:
+    """Folds in place; returns the number of batch norms removed."""
+    values, folded = StaticValues(gm), 0
+    for node in list(gm.graph.nodes):
+        norm = norm_call(node)
+        layer = layer_call(norm.input) if norm else None
+        if norm and layer and _can_fold(layer, norm, values):
+            _fold(gm, layer, norm, values)
+            folded += 1
+    if folded:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return folded
+
+
+def _can_fold(layer: LayerCall, norm: NormCall, values: StaticValues) -> bool:
+    # A linear layer's channel axis is its last, batch norm's is axis 1: equal for 2-D inputs only.
+    result = layer.node.meta.get("val", layer.node.meta.get("example_value"))
+    if not layer.spatial_dims and (result is None or result.dim() != 2):
+        return False
+    tensors = [layer.weight, norm.mean, norm.var]
+    tensors += [t for t in (layer.bias, norm.weight, norm.bias) if t is not None]
+    return len(layer.node.users) == 1 and all(values.is_static(t) for t in tensors)
+
+
+@torch.no_grad()
+def _fold(gm: GraphModule, layer: LayerCall, norm: NormCall, values: StaticValues) -> None:
+    weight: Tensor = values.get(layer.weight)
+    # In double: the one rounding left is that of the folded weight itself.
+    mean, var = values.get(norm.mean).double(), values.get(norm.var).double()
+    scale = torch.rsqrt(var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * values.get(norm.weight).double()
+    bias = -mean * scale
+    if layer.bias is not None:
+        bias = bias + values.get(layer.bias).double() * scale
+    if norm.bias is not None:
+        bias = bias + values.get(norm.bias).double()
+    folded = (weight.double() * _per_output_channel(scale, layer, weight)).to(weight.dtype)
+    folded = folded.masked_fill(weight == 0, 0)  # keeps -0.0 and 0 * inf from filling a zero tile
+    if layer.spatial_dims and weight.is_contiguous(memory_format=torch.channels_last) and weight.dim() == 4:
+        folded = folded.contiguous(memory_format=torch.channels_last)
+
+    with gm.graph.inserting_before(layer.node):
+        weight_node = set_constant(gm, "weight", folded)
+        bias_node = set_constant(gm, "bias", bias.to(weight.dtype))
+    _set_operands(layer, weight_node, bias_node)
+    norm.node.replace_all_uses_with(layer.node)
+    gm.graph.erase_node(norm.node)
+
+
+def _per_output_channel(scale: Tensor, layer: LayerCall, weight: Tensor) -> Tensor:
+    """`scale` [O] shaped to multiply the layer's weight."""
+    if not layer.transposed:
+        return scale.reshape(-1, *[1] * (weight.dim() - 1))
+    # transposed weights are [C, O/groups, *kernel]: each group of input channels has its own outputs
+    per_group = scale.reshape(layer.groups, 1, -1)
+    per_group = per_group.expand(-1, weight.shape[0] // layer.groups, -1)
+    return per_group.reshape(weight.shape[0], -1, *[1] * (weight.dim() - 2))
+
+
+def _set_operands(layer: LayerCall, weight: torch.fx.Node, bias: torch.fx.Node) -> None:
+    node = layer.node
+    kwargs = {k: v for k, v in node.kwargs.items() if k not in ("weight", "bias")}
+    if "input" in kwargs:
+        node.kwargs = {**kwargs, "weight": weight, "bias": bias}
+        return
+    node.args = (node.args[0], weight, bias, *node.args[3:])
+    node.kwargs = kwargs

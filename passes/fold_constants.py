@@ -1,0 +1,38 @@
+"""Replaces the static subgraphs behind weights and biases by their values.
+
+    scatter(values, index) ─ permute ─ reshape ─┐                      buffer ─┐
+    x ──────────────────────────────────────── conv2d      →      x ──────── conv2d
+
+Folded layers, parametrizations and pruning masks all become plain dense weights, in which zero blocks
+can be found.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from .calls import layer_call, norm_call
+from .static_values import StaticValues, set_constant
+
+
+def fold_constants(gm: GraphModule) -> int:
+    """Folds in place; returns the number of tensors that became buffers."""
+    values, folded = StaticValues(gm), 0
+    for node in list(gm.graph.nodes):
+        call = layer_call(node) or norm_call(node)
+        if call is None:
+            continue
+        for operand in (call.weight, call.bias):
+            if isinstance(operand, Node) and operand.op != "get_attr" and values.is_static(operand):
+                folded += _replace(gm, node, operand, values)
+    if folded:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return folded
+
+
+def _replace(gm: GraphModule, user: Node, operand: Node, values: StaticValues) -> int:
+    with gm.graph.inserting_before(user):
+        constant = set_constant(gm, "folded", values.get(operand).clone())
+    operand.replace_all_uses_with(constant, delete_user_cb=lambda n: n is user)
+    return 1

@@ -1,0 +1,93 @@
+"""Replaces each site that the plan gives a kernel by a `blocksparse::*` op with packed weights.
+
+conv2d(x, W, b)   →   blocksparse::conv(x, tiles(W), row_ptr, channel_offset, b, …, "kernel;…")
+linear(x, W, b)   →   blocksparse::linear(…)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..errors import PlanError
+from ..ops import pack_weight
+from ..plan import Decision, Plan
+from ..variants import KernelConfig
+from .calls import LayerCall, layer_call, tensor_meta
+from .static_values import StaticValues, set_constant
+
+
+def lower_sites(gm: GraphModule, plan: Plan) -> int:
+    """Rewrites `gm` in place; returns the number of sites lowered.
+
+    Raises:
+        PlanError: if a decision names a node that is not in the graph. Nothing is changed then.
+    """
+    nodes = {node.name: node for node in gm.graph.nodes}
+    work = [(_call(nodes, decision), decision) for decision in plan if not decision.is_dense]
+    values = StaticValues(gm)
+    for call, decision in work:
+        _lower(gm, call, decision, values)
+    if work:
+        gm.graph.eliminate_dead_code()
+        remove_unused_constants(gm)
+        gm.recompile()
+    return len(work)
+
+
+def _call(nodes: dict[str, Node], decision: Decision) -> LayerCall:
+    node = nodes.get(decision.site.node)
+    call = layer_call(node) if node is not None else None
+    if call is None or decision.pattern is None:
+        raise PlanError(
+            decision.site.name,
+            "a decision about a layer of this graph, with its pattern",
+            f"node {decision.site.node!r}, pattern {decision.pattern}",
+            "Make the plan from this graph (blocksparse_compiler.plan).",
+        )
+    return call
+
+
+def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticValues) -> None:
+    site, pattern = decision.site, decision.pattern
+    assert pattern is not None
+    packed = pack_weight(values.get(call.weight), pattern)
+    kernel = KernelConfig(decision.kernel, dict(decision.config)).encode(pattern)
+    with gm.graph.inserting_before(call.node):
+        operands = (
+            call.input,
+            set_constant(gm, "tiles", packed.values),
+            set_constant(gm, "row_ptr", packed.row_ptr),
+            set_constant(gm, "channel_offset", packed.channel_offset),
+            call.bias,
+            site.out_channels,
+        )
+        if not call.spatial_dims:
+            new = gm.graph.call_function(torch.ops.blocksparse.linear.default, (*operands, kernel))
+        else:
+            padding = [p for pair in site.padding for p in pair]
+            geometry = (list(site.kernel_size), list(site.stride), padding, list(site.dilation))
+            last = _is_channels_last(call.node)
+            new = gm.graph.call_function(
+                torch.ops.blocksparse.conv.default, (*operands, *geometry, last, kernel)
+            )
+    new.meta = dict(call.node.meta)
+    call.node.replace_all_uses_with(new)
+    gm.graph.erase_node(call.node)
+
+
+def _is_channels_last(node: Node) -> bool:
+    """Whether the dense layer's output is laid out channels-last (as tracing found it)."""
+    out = tensor_meta(node)
+    return out is not None and out.dim() > 3 and out.stride(-1) == out.shape[1] and out.shape[1] > 1
+
+
+def remove_unused_constants(gm: GraphModule) -> int:
+    """Drops buffers and parameters that no node reads, so that dense originals free their memory."""
+    used = {node.target for node in gm.graph.nodes if node.op == "get_attr"}
+    removed = 0
+    for store in (gm._buffers, gm._parameters):
+        for name in [n for n in store if n not in used]:
+            del store[name]
+            removed += 1
+    return removed

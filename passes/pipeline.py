@@ -1,0 +1,71 @@
+"""The whole compile pipeline: one list of named passes, run in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule
+
+from ..devices import DeviceSpec
+from ..pattern import BlockShape
+from ..plan import Plan
+from .choose_kernels import choose_kernels
+from .fold_batch_norm import fold_batch_norm
+from .fold_constants import fold_constants
+from .lower_sites import lower_sites
+
+log = logging.getLogger("blocksparse_compiler")
+
+
+@dataclass
+class PassContext:
+    """What passes read, and the plan they make.
+
+    `on_pass` is called after each pass with its name, the graph and its match count (for dumps).
+    """
+
+    device: DeviceSpec
+    block_shape: BlockShape | None = None
+    allow_dense: bool = True
+    given_plan: Plan | None = None
+    tune: Callable[[GraphModule, Plan], Plan] | None = None
+    plan: Plan = field(default_factory=Plan)
+    on_pass: Callable[[str, GraphModule, int], None] | None = None
+
+
+def _choose(gm: GraphModule, context: PassContext) -> int:
+    context.plan = choose_kernels(
+        gm,
+        context.device,
+        block_shape=context.block_shape,
+        allow_dense=context.allow_dense,
+        plan=context.given_plan,
+    )
+    if context.tune is not None and context.given_plan is None:
+        context.plan = context.tune(gm, context.plan)
+    return sum(not decision.is_dense for decision in context.plan)
+
+
+PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
+    ("fold_constants", lambda gm, _: fold_constants(gm)),
+    ("fold_batch_norm", lambda gm, _: fold_batch_norm(gm)),
+    ("choose_kernels", _choose),
+    ("lower_sites", lambda gm, context: lower_sites(gm, context.plan)),
+)
+
+
+def run_pipeline(gm: GraphModule, context: PassContext) -> Plan:
+    """Runs every pass on `gm` in place; returns the plan that was carried out."""
+    for name, run in PIPELINE:
+        start = time.perf_counter()
+        count = run(gm, context)
+        gm.graph.lint()
+        log.info(
+            "%s: %s (%.3f s)", name, f"{count} sites" if count else "unchanged", time.perf_counter() - start
+        )
+        if context.on_pass:
+            context.on_pass(name, gm, count)
+    return context.plan
