@@ -353,7 +353,11 @@ class BlockSparseWeight:
         crow = torch.zeros(p.grid_shape[0] + 1, dtype=torch.int64)
         crow[1:] = p.kept.sum((1, 2)).cumsum(0)
         return torch.sparse_bsr_tensor(
-            crow.to(device), coords[:, 2].to(device), self.values, size=p.weight_shape
+            crow.to(device),
+            coords[:, 2].to(device),
+            self.values,
+            size=p.weight_shape,
+            check_invariants=True,
         )
 
 

@@ -83,6 +83,11 @@ def cache_key_pass(key: str, config: Mapping[str, Any]) -> CustomGraphPass:
     return _CacheKey(key, config.get(name, getattr(inductor_config, name)))
 
 
+def aoti_compile_and_package(program: Any, path: str, config: Mapping[str, Any]) -> None:
+    """Compiles an exported program ahead of time into the package at `path`."""
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(config))
+
+
 @contextlib.contextmanager
 def capture_sources() -> Iterator[list[str]]:
     """Collects the Python and C++ text of every graph that Inductor compiles meanwhile.
@@ -96,3 +101,30 @@ def capture_sources() -> Iterator[list[str]]:
         yield sources
     finally:
         GraphLowering.save_output_code = original
+
+
+# ---- the lowerings' needs --------------------------------------------------------------------------
+
+from torch._inductor import ir  # noqa: E402
+from torch._inductor.codegen.cpp_template import CppTemplate  # noqa: E402
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel  # noqa: E402
+from torch._inductor.codegen.cpp_utils import cexpr_index  # noqa: E402
+from torch._inductor.cpu_vec_isa import pick_vec_isa  # noqa: E402
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering  # noqa: E402
+from torch._inductor.virtualized import V, ops  # noqa: E402
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing  # noqa: E402
+
+__all__ = [
+    "CppTemplate",
+    "CppTemplateKernel",
+    "FloorDiv",
+    "ModularIndexing",
+    "V",
+    "cexpr_index",
+    "fallback_handler",
+    "ir",
+    "lowerings",
+    "ops",
+    "pick_vec_isa",
+    "register_lowering",
+]
