@@ -97,7 +97,7 @@ def test_epilogue_stops_at_a_second_user():
 
 def test_symbolic_batch_is_a_string_and_sizes_follow():
     batch = torch.export.Dim("batch", min=1, max=64)
-    gm = trace(nn.Sequential(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 9, 9), dynamic_shapes=(({0: batch},),))
+    gm = trace(nn.Sequential(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 9, 9), dynamic_shapes=({0: batch},))
     (site,) = find_sites(gm)
     assert isinstance(site.input_shape[0], str) and site.output_spatial == (7, 7)
 

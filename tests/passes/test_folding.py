@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from blocksparse_compiler.passes import find_sites, fold_batch_norm, fold_constants
-from blocksparse_compiler.passes.calls import norm_call
+from blocksparse_compiler.passes.calls import layer_call, norm_call
 from blocksparse_compiler.passes.static_values import StaticValues
 from blocksparse_compiler.trace import trace
 
@@ -117,8 +117,9 @@ def test_computed_weights_become_constants(change):
     expected = gm(x)
     assert fold_constants(gm) == 2
     torch.testing.assert_close(gm(x), expected, rtol=0, atol=0)
-    calls = [n for n in gm.graph.nodes if n.op == "call_function"]
-    assert len(calls) == 3, gm.graph
+    layers = [call for n in gm.graph.nodes if (call := layer_call(n))]
+    assert [call.weight.op for call in layers] == ["get_attr", "get_attr"]
+    assert not any("mul" in n.name or "norm" in n.name for n in gm.graph.nodes), gm.graph
 
 
 def test_weights_that_depend_on_the_input_are_not_static():
