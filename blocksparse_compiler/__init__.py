@@ -1,7 +1,22 @@
 """Block-sparse convolutions and linear layers, really fast under torch.compile."""
 
+from .passes.fold_zero_blocks import fold_zero_blocks
+from .passes.insert_block_scales import insert_block_scales
 from .pattern import BlockPattern, BlockSparseWeight
 from .plan import Decision, Plan, Site
+from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
 
 __version__ = "0.1.0"
-__all__ = ["BlockPattern", "BlockSparseWeight", "Decision", "Plan", "Site"]
+__all__ = [
+    "BlockPattern",
+    "BlockSparseWeight",
+    "Decision",
+    "Plan",
+    "Site",
+    "fold_zero_blocks",
+    "freeze_scales",
+    "insert_block_scales",
+    "param_groups",
+    "proximal_step",
+    "scale_penalty",
+]

@@ -15,23 +15,33 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
 
-from ..errors import LayerError, PatternError
+from ..errors import LayerError
 from ..layers import KeptTiles, become_block_sparse, dense_type_of, groups_of, layer_weight
 from ..pattern import BlockPattern, BlockShape, check_block_shape
 from ..scales import block_scale_of
-from ..selection import Filter, Layer, check_untied, effective_weight, select_layers, weight_parameters
+from ..selection import Filter, Layer, keep_valid, select_layers
+from ..weights import (
+    check_untied,
+    check_weight_known,
+    effective_weight,
+    full_pattern,
+    make_plain,
+    weight_parameters,
+    weight_users,
+)
 from ..zero_blocks import find_zero_blocks
 
+NAME = "fold_zero_blocks"
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Fold:
-    """What to do with one layer: `pattern` is None if it stays dense (and loses its scales)."""
+    """What to do with one layer: `pattern` is None if it has no zero blocks and stays dense."""
 
     layer: Layer
+    parameter: nn.Parameter
     weight: Tensor
     pattern: BlockPattern | None
 
@@ -60,17 +70,59 @@ def fold_zero_blocks(
         LayerError: if a name matches no layer, or a weight is not finite.
     """
     if block_shape is not None:
-        check_block_shape(block_shape, "fold_zero_blocks")
-    layers = select_layers(model, "fold_zero_blocks", include, exclude)
-    folds = []
-    for layer in layers:
-        if isinstance(layer.module, KeptTiles):
-            continue
-        try:
-            dense_type_of(layer.module)
-            check_untied(layer, layers, model)
-            weight = effective_weight(layer)
-            pattern = _pattern(layer, weight, block_shape)
-        except ...:
-            layer.skip("fold_zero_blocks", error)
-            continue
+        check_block_shape(block_shape, NAME)
+    layers = [x for x in select_layers(model, NAME, include, exclude) if not isinstance(x.module, KeptTiles)]
+    users = weight_users(model)
+    layers, _ = keep_valid(
+        layers,
+        NAME,
+        lambda layer: dense_type_of(layer.module, layer.name),
+        check_weight_known,
+        lambda layer: check_untied(layer, layers, users),
+        lambda layer: (
+            block_shape and block_scale_of(layer.module) is None and full_pattern(layer, block_shape)
+        ),
+    )
+    folds = [_plan(layer, block_shape) for layer in layers]
+    _check_tied_agree(folds)
+    tied: dict[int, nn.Parameter] = {}  # values that layers with tied weights go on sharing
+    for fold in folds:
+        _apply(fold, tied)
+    log.info("%s: %d layers folded", NAME, sum(fold.pattern is not None for fold in folds))
+    return model
+
+
+def _plan(layer: Layer, block_shape: BlockShape | None) -> _Fold:
+    weight, groups = effective_weight(layer), groups_of(layer.module)
+    scale = block_scale_of(layer.module)
+    shape = scale.block_shape if scale is not None else block_shape
+    if shape is None:
+        pattern = find_zero_blocks(weight, groups)
+    else:
+        pattern = BlockPattern.from_weight(weight, shape, groups)
+        if pattern.num_kept == pattern.kept.numel():
+            pattern = None
+    return _Fold(layer, weight_parameters(layer.module)[0], weight, pattern)
+
+
+def _check_tied_agree(folds: list[_Fold]) -> None:
+    """Raises `LayerError` if layers share a weight but not the mask on it."""
+    first: dict[int, _Fold] = {}
+    for fold in folds:
+        other = first.setdefault(id(fold.parameter), fold)
+        if other is not fold and not torch.equal(other.weight, fold.weight):
+            expected = f"the same effective weight as {other.layer.name}, whose weight it shares"
+            fix = "Untie the two layers, or give them the same mask."
+            raise LayerError(fold.layer.name, expected, "another", fix)
+
+
+def _apply(fold: _Fold, tied: dict[int, nn.Parameter]) -> None:
+    module = fold.layer.module
+    if fold.pattern is not None:
+        make_plain(module)
+        become_block_sparse(module, fold.weight, fold.pattern, tied.get(id(fold.parameter)))
+        tied[id(fold.parameter)] = module.values  # type: ignore[assignment]
+    elif block_scale_of(module) is not None:
+        make_plain(module)
+        with torch.no_grad():
+            module.weight.copy_(layer_weight(fold.weight, module))  # type: ignore[operator,union-attr,arg-type]

@@ -13,12 +13,22 @@ import logging
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..errors import LayerError, PatternError
-from ..layers import KeptTiles, canonical_shape, groups_of, is_transposed
-from ..pattern import BlockPattern, BlockShape, check_block_shape
+from ..errors import LayerError
+from ..layers import KeptTiles, is_transposed
+from ..pattern import BlockShape, check_block_shape
 from ..scales import BlockScale, block_scale_of
-from ..selection import Filter, Layer, effective_weight, select_layers, weight_parameters, weight_users
+from ..selection import Filter, Layer, keep_valid, nothing_left, select_layers
+from ..weights import (
+    check_untied,
+    check_weight_known,
+    effective_weight,
+    full_pattern,
+    is_masked,
+    weight_parameters,
+    weight_users,
+)
 
+NAME = "insert_block_scales"
 log = logging.getLogger(__name__)
 
 
@@ -43,69 +53,45 @@ def insert_block_scales(
         include, exclude: names (with wildcards; a name also stands for what is below it) or module types.
 
     Raises:
-        PatternError: if the block is not two positive integers, or larger than a named layer's weight.
+        PatternError: if the block is not two positive integers, or larger than every layer's weight (or
+            than that of a layer named in `include`).
         LayerError: if no layer could be scaled, a name matches none, or a weight is not finite.
     """
-    check_block_shape(block_shape, "insert_block_scales")
-    layers = select_layers(model, "insert_block_scales", include, exclude, only_called=True)
+    check_block_shape(block_shape, NAME)
+    layers = select_layers(model, NAME, include, exclude, only_called=True)
     users = weight_users(model)
-    planned: dict[nn.Module, BlockScale] = {}
-    shared: dict[int, BlockScale] = {}  # by weight parameter
-    last_error: Exception | None = None
+    layers, last_error = keep_valid(
+        layers,
+        NAME,
+        _check_dense,
+        check_weight_known,
+        lambda layer: check_untied(layer, layers, users),
+        lambda layer: full_pattern(layer, block_shape),
+    )
+    if not layers:
+        raise nothing_left(NAME, last_error)
+
+    tied: dict[int, BlockScale] = {}  # by weight parameter: tied layers share their scales too
+    planned = []
     for layer in layers:
-        try:
-            _check_scalable(layer, layers, users)
-            full = _full_pattern(layer, block_shape)
-        except ValueError as error:
-            last_error = error
-            layer.skip("insert_block_scales", error)
-            continue
-        weight = effective_weight(layer)
-        (parameter, *_) = weight_parameters(layer.module)
-        fresh = BlockScale(full, is_transposed(layer.module), weight.dtype, weight.device)
-        planned[layer.module] = shared.setdefault(id(parameter), fresh)
-    if not planned:
-        raise _nothing_to_scale(last_error)
-    for module, scale in planned.items():
+        weight, full = effective_weight(layer), full_pattern(layer, block_shape)
+        parameter = weight_parameters(layer.module)[0]
+        scale = BlockScale(full, is_transposed(layer.module), weight.dtype, weight.device)
+        planned.append((layer.module, tied.setdefault(id(parameter), scale)))
+    for module, scale in planned:
         parametrize.register_parametrization(module, "weight", scale)
-    log.info("insert_block_scales: %d layers scaled in blocks of %s", len(planned), block_shape)
+    log.info("%s: %d layers scaled in blocks of %s", NAME, len(planned), tuple(block_shape))
     return model
 
 
-def _full_pattern(layer: Layer, block_shape: BlockShape) -> BlockPattern:
-    shape, groups = canonical_shape(layer.module), groups_of(layer.module)
-    try:
-        return BlockPattern.full(shape, block_shape, groups)
-    except PatternError as error:
-        raise PatternError(layer.name, error.expected, error.got, error.fix) from None
-
-
-def _check_scalable(layer: Layer, layers: list[Layer], users: dict[int, list[nn.Module]]) -> None:
-    """Raises `LayerError` for layers whose weight is not theirs alone, or already something else."""
+def _check_dense(layer: Layer) -> None:
     module = layer.module
     if isinstance(module, KeptTiles):
         fix = "Insert scales before fold_zero_blocks."
         raise LayerError(layer.name, "a layer with a dense weight", "a folded layer", fix)
+    if is_masked(module):
+        fix = "Call torch.nn.utils.prune.remove(layer, 'weight') first."
+        raise LayerError(layer.name, "a weight parameter", "a mask of torch.nn.utils.prune", fix)
     if block_scale_of(module) is not None:
         fix = "Fold it first (fold_zero_blocks), or exclude it."
         raise LayerError(layer.name, "a layer without block scales", "one that has them", fix)
-    if "weight" not in module._parameters and not parametrize.is_parametrized(module, "weight"):
-        fix = "Make it a parameter first (for example torch.nn.utils.prune.remove)."
-        raise LayerError(layer.name, "a weight parameter", "a weight that a hook computes", fix)
-    selected = {other.module for other in layers}
-    for parameter in weight_parameters(module):
-        for other in users[id(parameter)]:
-            same = type(other) is type(module) and groups_of(other) == groups_of(module)
-            if other not in selected or not same:
-                fix = "Select all layers that share the weight, or untie them."
-                got = f"one shared with another {type(other).__name__}"
-                raise LayerError(layer.name, "a weight of its own", got, fix)
-
-
-def _nothing_to_scale(last_error: Exception | None) -> Exception:
-    if isinstance(last_error, PatternError):
-        fix = f"{last_error.fix} No layer of the model could be scaled."
-        return PatternError(last_error.where, last_error.expected, last_error.got, fix)
-    got = "none" if last_error is None else f"none; the last one: {last_error}"
-    fix = "Check include, exclude and the block shape."
-    return LayerError("insert_block_scales", "at least one layer to scale", got, fix)

@@ -1,0 +1,289 @@
+"""Which layers we know, the one weight layout we use for all of them, and their folded forms.
+
+A folded layer *is* the torch layer it came from (`BlockSparseConv2d` is an `nn.Conv2d`), except that
+`weight` is not a parameter but is scattered from the kept tiles on every use:
+
+    Conv2d(weight [O, C/groups, kh, kw])  →  BlockSparseConv2d(values [n, bh, bw], pattern)
+
+It is plain torch (`scatter_tiles`, then torch's own kernel): it trains, exports and traces like any
+layer; the compiler finds the constant scatter and replaces it by a block-sparse kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import LayerError, PatternError
+from .pattern import BlockPattern, BlockShape, gather_tiles, scatter_tiles
+
+DENSE_TYPES: tuple[type[nn.Module], ...] = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+# ---- one layout for every layer -----------------------------------------------------------------
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+
+
+def groups_of(layer: nn.Module) -> int:
+    """Number of convolution groups; 1 for a linear layer."""
+    return int(getattr(layer, "groups", 1))
+
+
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """`[A, B/groups, *kernel]` → `[B, A/groups, *kernel]`, group by group. Its own inverse."""
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def canonical_weight(weight: Tensor, layer: nn.Module) -> Tensor:
+    """A layer's weight as `[O, C/groups, *kernel]`; torch has `[C, O/groups, …]` if transposed."""
+    return swap_channels(weight, groups_of(layer)) if is_transposed(layer) else weight
+
+
+def layer_weight(canonical: Tensor, layer: nn.Module) -> Tensor:
+    """Inverse of `canonical_weight`."""
+    return swap_channels(canonical, groups_of(layer)) if is_transposed(layer) else canonical
+
+
+def canonical_shape(layer: nn.Module) -> tuple[int, ...]:
+    """`(O, C/groups, *kernel)` without touching the weight."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    out_channels, in_channels, kernel = layer.out_channels, layer.in_channels, layer.kernel_size
+    return int(out_channels), int(in_channels) // groups_of(layer), *kernel  # type: ignore[arg-type,misc]
+
+
+# ---- folded layers --------------------------------------------------------------------------------
+
+
+class KeptTiles(nn.Module):
+    """What all folded layers share: `weight` computed from kept tiles.
+
+    Attributes:
+        values: Parameter `[n, bh, bw]`, the kept tiles in the order of `pattern.tile_coordinates`.
+        pattern: which tiles are kept, for the weight in the layout `[O, C/groups, *kernel]`.
+
+    The state dict holds `values`, `kept` (the tile grid) and `weight_shape`, so a checkpoint carries its
+    own pattern: loading one with other tiles, or another block shape, gives the layer that pattern;
+    loading one for another weight shape is an error that names the layer.
+    """
+
+    dense_type: type[nn.Module]
+    pattern: BlockPattern
+    values: nn.Parameter
+    tile_index: Tensor
+
+    def __init__(self, *args: Any, pattern: BlockPattern, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        dense = self.dense_type(*args, **kwargs)
+        self.__dict__.update(dense.__dict__)
+        become_block_sparse(self, canonical_weight(dense.weight.detach(), dense), pattern)  # type: ignore[operator,arg-type]
+
+    @property
+    def block_shape(self) -> BlockShape:
+        return self.pattern.block_shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in the torch layer's own layout; differentiable with respect to `values`."""
+        weight = layer_weight(scatter_tiles(self.values, self.pattern, self.tile_index), self)
+        return weight.contiguous(memory_format=self._memory_format)
+
+    def set_pattern(self, pattern: BlockPattern) -> None:
+        """Takes another pattern; the buffers that save it and scatter with it follow."""
+        device = self.values.device
+        self.pattern = pattern
+        self.register_buffer("kept", pattern.kept.to(device))
+        self.register_buffer("weight_shape", torch.tensor(pattern.weight_shape, device=device))
+        index = pattern.kept.flatten().nonzero().squeeze(1)
+        self.register_buffer("tile_index", index.to(device), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Draws new values, as the dense layer would."""
+        self.set_pattern(self.pattern)
+        dense = self.values.new_empty(self.pattern.weight_shape)
+        nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
+        with torch.no_grad():
+            self.values.copy_(gather_tiles(dense, self.pattern))
+            if isinstance(self.bias, Tensor):
+                bound = 1 / math.sqrt(math.prod(self.pattern.weight_shape[1:]))
+                self.bias.uniform_(-bound, bound)
+
+    def extra_repr(self) -> str:
+        bh, bw = self.block_shape
+        tiles = f"block={bh}x{bw}, kept={self.pattern.num_kept}/{self.pattern.kept.numel()}"
+        return f"{super().extra_repr()}, {tiles}"
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        where = prefix.removesuffix(".") or type(self).__name__
+        saved = {key: state_dict.get(prefix + key) for key in ("values", "kept", "weight_shape")}
+        if any(
+            f"{prefix}{key}" in state_dict
+            for key in ("weight", "weight_orig", "parametrizations.weight.original")
+        ):
+            fix = "Load it into the dense model, then call fold_zero_blocks."
+            error_msgs.append(
+                str(PatternError(where, "a checkpoint of a folded layer", "a dense weight", fix))
+            )
+            return
+        if all(isinstance(tensor, Tensor) for tensor in saved.values()):
+            try:
+                pattern = _saved_pattern(where, self.pattern, **saved)  # type: ignore[arg-type]
+            except PatternError as error:
+                error_msgs.append(str(error))
+                return
+            self._resize(pattern)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.set_pattern(self.pattern)
+
+    def _resize(self, pattern: BlockPattern) -> None:
+        """Makes room for the values of another pattern; the Parameter object stays the optimizer's."""
+        if pattern != self.pattern:
+            self.values.grad = None
+            self.values.data = self.values.new_empty(pattern.num_kept, *pattern.block_shape)
+        self.set_pattern(pattern)
+
+
+class BlockSparseLinear(KeptTiles, nn.Linear):
+    dense_type = nn.Linear
+
+
+class BlockSparseConv1d(KeptTiles, nn.Conv1d):
+    dense_type = nn.Conv1d
+
+
+class BlockSparseConv2d(KeptTiles, nn.Conv2d):
+    dense_type = nn.Conv2d
+
+
+class BlockSparseConv3d(KeptTiles, nn.Conv3d):
+    dense_type = nn.Conv3d
+
+
+class BlockSparseConvTranspose1d(KeptTiles, nn.ConvTranspose1d):
+    dense_type = nn.ConvTranspose1d
+
+
+class BlockSparseConvTranspose2d(KeptTiles, nn.ConvTranspose2d):
+    dense_type = nn.ConvTranspose2d
+
+
+class BlockSparseConvTranspose3d(KeptTiles, nn.ConvTranspose3d):
+    dense_type = nn.ConvTranspose3d
+
+
+FOLDED_TYPES: dict[type[nn.Module], type[KeptTiles]] = {
+    cls.dense_type: cls
+    for cls in (
+        BlockSparseLinear,
+        BlockSparseConv1d,
+        BlockSparseConv2d,
+        BlockSparseConv3d,
+        BlockSparseConvTranspose1d,
+        BlockSparseConvTranspose2d,
+        BlockSparseConvTranspose3d,
+    )
+}
+
+
+def become_block_sparse(
+    layer: nn.Module, weight: Tensor, pattern: BlockPattern, values: nn.Parameter | None = None
+) -> None:
+    """Turns a dense layer with a plain `weight` parameter into its folded form.
+
+    The object stays the same, as torch's lazy and parametrized layers do: hooks, shared references and
+    everything else set on it survive.
+
+    Args:
+        weight: `[O, C/groups, *kernel]`, whose tiles are kept.
+        values: the Parameter to use instead, for layers that share one.
+    """
+    old = layer._parameters.pop("weight")
+    assert old is not None
+    if not isinstance(layer, KeptTiles):
+        layer.__class__ = FOLDED_TYPES[dense_type_of(layer)]  # type: ignore[assignment]
+    assert isinstance(layer, KeptTiles)
+    layer._memory_format = _memory_format(old)
+    if values is None:
+        values = nn.Parameter(gather_tiles(weight.detach(), pattern), requires_grad=old.requires_grad)
+    layer.values = values
+    layer.set_pattern(pattern)
+
+
+def dense_type_of(layer: nn.Module, name: str | None = None) -> type[nn.Module]:
+    """The torch class that computes this layer (of this name, for the error message).
+
+    Raises:
+        LayerError: for any other class; one of the user's own may compute something else.
+    """
+    cls = parametrize.type_before_parametrizations(layer)
+    if issubclass(cls, KeptTiles):
+        return cls.dense_type
+    for base in DENSE_TYPES:
+        if cls is base or (issubclass(cls, base) and cls.__module__.startswith("torch.nn.")):
+            return base
+    known = ", ".join(t.__name__ for t in DENSE_TYPES)
+    raise LayerError(
+        name or cls.__name__, f"one of {known}", f"{cls.__module__}.{cls.__name__}", "Exclude this layer."
+    )
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    """Kept, because torch takes a convolution's output strides from its weight as well."""
+    for dim, format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if weight.dim() == dim and not weight.is_contiguous() and weight.is_contiguous(memory_format=format):
+            return format
+    return torch.contiguous_format
+
+
+def _saved_pattern(
+    where: str, like: BlockPattern, values: Tensor, kept: Tensor, weight_shape: Tensor
+) -> BlockPattern:
+    """The pattern that a checkpoint carries, checked against the layer's geometry and its own values."""
+    shape = tuple(weight_shape.tolist())
+    if shape != like.weight_shape:
+        raise PatternError(
+            where,
+            f"a checkpoint for a weight of shape {list(like.weight_shape)}",
+            f"one for {list(shape)}",
+            "Build the model with the sizes it was saved with.",
+        )
+    fix = "Save the whole layer again; values and kept belong together."
+    if values.dim() != 3 or min(values.shape[1:]) < 1 or kept.dtype != torch.bool:
+        got = f"values {list(values.shape)}, kept {kept.dtype}"
+        raise PatternError(where, "values [n, bh, bw] and a bool tile grid", got, fix)
+    _, bh, bw = values.shape
+    full = BlockPattern.full(shape, (bh, bw), like.groups)
+    if tuple(kept.shape) != full.grid_shape or int(kept.sum()) != len(values):
+        raise PatternError(
+            where,
+            f"a tile grid of shape {list(full.grid_shape)} with {len(values)} kept tiles of {bh}x{bw}",
+            f"shape {list(kept.shape)} with {int(kept.sum())}",
+            fix,
+        )
+    return full.with_kept(kept)

@@ -1,0 +1,149 @@
+"""DBSR: one trainable scale per weight block (dynamic block-sparse reparameterization, ICCV-W 2019).
+
+The effective weight is `clamp(S, 0, 1) * W`, with S expanded over each block and all its taps. The
+gradient passes straight through the clamp: a block at `S <= 0` is exactly zero and its W learns nothing,
+but its S still does, so it can come back. Two things make the method work: weight decay on W but not on
+S (`param_groups`), or S shrinks while W grows; and soft-thresholding S after each step (`proximal_step`),
+or S chatters around zero without ever being zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .errors import LayerError, OptionError
+from .pattern import BlockPattern
+
+
+class BlockScale(nn.Module):
+    """The scales S of one weight, as a parametrization for `torch.nn.utils.parametrize`.
+
+    Args:
+        full: the pattern of all blocks of the weight `[O, C/groups, *kernel]`.
+        transposed: whether the layer stores its weight as `[C, O/groups, *kernel]`.
+
+    Attributes:
+        scale: Parameter `[groups * ceil(O/groups/bh), ceil(C/groups/bw)]`, initialised to 1.
+    """
+
+    def __init__(
+        self,
+        full: BlockPattern,
+        transposed: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.block_shape, self.groups, self.transposed = full.block_shape, full.groups, transposed
+        self.group_channels = full.group_channels
+        rows, _, cols = full.grid_shape
+        self.scale = nn.Parameter(torch.ones(rows, cols, dtype=dtype, device=device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the layer's own layout."""
+        # `scale - scale.detach()` is exactly 0 and carries the whole gradient: straight through the clamp.
+        clamped = self.scale.detach().clamp(0, 1) + (self.scale - self.scale.detach())
+        return weight * self.expand(clamped, weight.dim() - 2).to(weight.dtype)
+
+    def expand(self, per_block: Tensor, spatial_dims: int) -> Tensor:
+        """One value per block → one per channel pair, broadcastable over the layer's weight."""
+        (bh, bw), (og, cg) = self.block_shape, self.group_channels
+        rows, cols = per_block.shape[0] // self.groups, per_block.shape[1]
+        tiles = per_block.reshape(self.groups, rows, 1, cols, 1).expand(-1, -1, bh, -1, bw)
+        channels = tiles.reshape(self.groups, rows * bh, cols * bw)[:, :og, :cg]
+        if self.transposed:
+            channels = channels.transpose(1, 2)
+        return channels.reshape(self.groups * channels.shape[1], channels.shape[2], *[1] * spatial_dims)
+
+    @property
+    def kept(self) -> Tensor:
+        """bool `[rows, cols]`: the blocks that are not exactly zero."""
+        return self.scale.detach() > 0
+
+    def extra_repr(self) -> str:
+        bh, bw = self.block_shape
+        return f"block={bh}x{bw}, kept={int(self.kept.sum())}/{self.scale.numel()}"
+
+
+def block_scale_of(layer: nn.Module) -> BlockScale | None:
+    """The scales on a layer's weight, if it has any."""
+    if parametrize.is_parametrized(layer, "weight"):
+        for parametrization in layer.parametrizations["weight"]:  # type: ignore[index,union-attr]
+            if isinstance(parametrization, BlockScale):
+                return parametrization
+    return None
+
+
+def block_scales(model: nn.Module) -> Iterator[tuple[str, BlockScale]]:
+    """(qualified name, scales) of every scaled layer; shared ones once."""
+    seen = set()
+    for name, module in model.named_modules():
+        scale = block_scale_of(module)
+        if scale is not None and scale not in seen:
+            seen.add(scale)
+            yield name or type(module).__name__, scale
+
+
+def scale_penalty(model: nn.Module) -> Tensor:
+    """Σ|S| over all block scales: a differentiable 0-dim tensor for `loss + gamma * scale_penalty(model)`.
+
+    Raises:
+        LayerError: if the model has no block scales.
+    """
+    scales = _scales("scale_penalty", model)
+    device = scales[0].scale.device
+    return torch.stack(
+        [s.scale.abs().sum().to(device, torch.promote_types(s.scale.dtype, torch.float32)) for s in scales]
+    ).sum()
+
+
+@torch.no_grad()
+def proximal_step(model: nn.Module, threshold: float) -> nn.Module:
+    """Soft-thresholds every S in place, `S ← sign(S) · max(|S| − threshold, 0)`, so that zeros are exact.
+
+    Call it after each `optimizer.step()`. With `threshold = learning_rate * gamma` it is the proximal
+    gradient step for the penalty `gamma * Σ|S|`, and takes the place of `scale_penalty` in the loss.
+    Frozen scales (`freeze_scales`) stay as they are.
+
+    Raises:
+        LayerError: if the model has no block scales.
+        OptionError: if the threshold is negative or not finite.
+    """
+    if not (math.isfinite(threshold) and threshold >= 0):
+        fix = "Use learning_rate * gamma."
+        raise OptionError("proximal_step", "a finite threshold >= 0", repr(threshold), fix)
+    for block_scale in _scales("proximal_step", model):
+        if block_scale.scale.requires_grad:
+            block_scale.scale.copy_(nn.functional.softshrink(block_scale.scale, threshold))
+    return model
+
+
+def freeze_scales(model: nn.Module) -> nn.Module:
+    """Ends the search for a structure: S takes no more gradient, W is fine-tuned inside the kept blocks."""
+    for block_scale in _scales("freeze_scales", model):
+        block_scale.scale.requires_grad_(False)
+    return model
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer parameter groups: `weight_decay` on everything but the block scales."""
+    scales = {id(s.scale): s.scale for _, s in block_scales(model)}
+    others = [p for p in model.parameters() if id(p) not in scales]
+    return [
+        {"params": others, "weight_decay": weight_decay},
+        {"params": list(scales.values()), "weight_decay": 0.0},
+    ]
+
+
+def _scales(function: str, model: nn.Module) -> list[BlockScale]:
+    scales = [scale for _, scale in block_scales(model)]
+    if not scales:
+        fix = "Call insert_block_scales(model) first."
+        raise LayerError(function, "a model with block scales", "none", fix)
+    return scales
