@@ -106,6 +106,7 @@ def capture_sources() -> Iterator[list[str]]:
 # ---- the lowerings' needs --------------------------------------------------------------------------
 
 from torch._inductor import ir  # noqa: E402
+from torch._inductor.codegen.cpp import parallel_num_threads  # noqa: E402
 from torch._inductor.codegen.cpp_template import CppTemplate  # noqa: E402
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel  # noqa: E402
 from torch._inductor.codegen.cpp_utils import cexpr_index  # noqa: E402
@@ -125,6 +126,7 @@ __all__ = [
     "ir",
     "lowerings",
     "ops",
+    "parallel_num_threads",
     "pick_vec_isa",
     "register_lowering",
 ]

@@ -1,0 +1,155 @@
+"""The table of kernel variants: what each one supports, and with which parameters it runs best.
+
+Pure data and arithmetic: planning needs neither Inductor nor the target machine. `codegen` turns a row of
+this table into code, the cost model and the tests run over its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .devices import DeviceSpec
+from .errors import PlanError
+from .pattern import BlockPattern
+from .plan import Site
+
+Parameters = dict[str, "int | str"]
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """A kernel variant and its parameters, as they travel in the `kernel` argument of an operator.
+
+    The text names everything that changes the generated code, the pattern too, so that compilation caches
+    see it: `"cpu_f32;chunk=4;row_threads=1;pattern=0123456789abcdef"`.
+    """
+
+    variant: str
+    parameters: Mapping[str, int | str] = field(default_factory=dict)
+
+    def encode(self, pattern: BlockPattern | None = None) -> str:
+        parts = [f"{key}={value}" for key, value in sorted(self.parameters.items())]
+        if pattern is not None:
+            parts.append(f"pattern={pattern.digest}")
+        return ";".join([self.variant, *parts])
+
+    @classmethod
+    def decode(cls, text: str) -> KernelConfig:
+        """Inverse of `encode`, without the pattern's digest. Raises `PlanError` on other text."""
+        variant, *parts = text.split(";")
+        pairs = [part.partition("=") for part in parts]
+        if not variant or any(not key or not separator for key, separator, _ in pairs):
+            raise PlanError("kernel", "'variant;key=value;...'", repr(text), "Use KernelConfig.encode().")
+        parameters = {key: _number(value) for key, _, value in pairs if key != "pattern"}
+        return cls(variant, parameters)
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+@dataclass(frozen=True)
+class RegisterTile:
+    """What one pass of the inner loop keeps in registers: `pixels` x (`vectors` * `lanes`) outputs."""
+
+    pixels: int
+    vectors: int
+    lanes: int
+
+    @property
+    def width(self) -> int:
+        """Output channels of the tile."""
+        return self.vectors * self.lanes
+
+
+def register_tile(block_height: int, lanes: int, registers: int) -> RegisterTile | None:
+    """The register tile for blocks of this height on vectors of `lanes` floats; None if there is none.
+
+    One register holds each accumulator and each vector of weights, two are left for the inputs. Blocks
+    that are no multiple of a vector take the widest narrower vector that divides them.
+    """
+    while lanes >= 4 and block_height % lanes:
+        lanes //= 2
+    if lanes < 4:
+        return None
+    blocks = block_height // lanes
+    limit = 2 if lanes >= 8 else 4
+    vectors = max(v for v in range(1, limit + 1) if blocks % v == 0)
+    return RegisterTile(min(28, (registers - vectors - 2) // vectors), vectors, lanes)
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """A way to run a block-sparse layer.
+
+    Args:
+        name: as it appears in plans.
+        device: device type.
+        dtypes: supported dtypes.
+        ops: supported ops (`Site.op`).
+        block_multiple: the block height must be a multiple of this.
+    """
+
+    name: str
+    device: str
+    dtypes: tuple[str, ...]
+    ops: tuple[str, ...]
+    block_multiple: int
+
+    def unsupported(self, site: Site, pattern: BlockPattern) -> str | None:
+        """Why this kernel cannot run the layer, as a phrase; None if it can."""
+        if site.device.partition(":")[0] != self.device:
+            return f"runs on {self.device}, not on {site.device}"
+        if site.dtype not in self.dtypes:
+            return f"no kernel for {site.dtype}"
+        if site.op not in self.ops:
+            return f"no kernel for {site.op}"
+        bh, bw = pattern.block_shape
+        if bh % self.block_multiple:
+            return f"block height {bh} is no multiple of {self.block_multiple}"
+        if min(pattern.in_channels, pattern.group_channels[1]) < bw:
+            return f"block width {bw} exceeds the input channels"
+        out_per_group, in_per_group = pattern.group_channels
+        if pattern.groups > 1 and (out_per_group % bh or in_per_group % bw):
+            return f"blocks of {bh}x{bw} straddle groups of {out_per_group}x{in_per_group} channels"
+        return None
+
+    def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
+        """Candidate parameters for autotuning, best guess first."""
+        return cpu_configs(site, pattern, device)
+
+
+def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
+    """`chunk`: pixel tiles that pass through all block rows together; `row_threads`: threads that share the
+    block rows of the same pixels (the others share the pixels)."""
+    pixels = output_pixels(site)
+    few = pixels is not None and pixels <= 49 * device.threads
+    row_threads = device.threads if few else 1
+    chunk = 8 if math.prod(pattern.kernel_size) > 1 else 2
+    best: Parameters = {"chunk": chunk, "row_threads": row_threads}
+    other: Parameters = {"chunk": chunk, "row_threads": 1 if row_threads > 1 else device.threads}
+    return [best, {**best, "chunk": 4}, {**best, "chunk": 1}, other]
+
+
+def output_pixels(site: Site) -> int | None:
+    """Rows of the implicit matrix product; None if a size is symbolic."""
+    sizes = site.input_shape[:1] + site.output_spatial if site.kernel_size else site.input_shape[:-1]
+    if any(isinstance(size, str) for size in sizes):
+        return None
+    return math.prod(int(size) for size in sizes)
+
+
+VARIANTS: dict[str, KernelVariant] = {
+    variant.name: variant
+    for variant in (
+        KernelVariant(
+            name="cpu_f32",
+            device="cpu",
+            dtypes=("float32",),
+            ops=("linear", "conv2d"),
+            block_multiple=4,
+        ),
+    )
+}
