@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .codegen import inductor_api, lowerings, source_digest
+from .codegen import inductor_api, lowerings
+from .codegen.cpu_template import source_digest
 from .devices import DeviceSpec
 from .dump import GraphDump
 from .errors import BlockSparseError
@@ -24,6 +27,8 @@ from .weight_guard import WeightGuard
 log = logging.getLogger("blocksparse_compiler")
 
 MAX_RECOMPILES = 8
+_alive: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+_serial = itertools.count()
 _IN_PLACE_FUNCTIONS = {"setitem", "iadd", "isub", "imul", "itruediv"}
 
 
@@ -59,6 +64,11 @@ def blocksparse(
     return CompiledGraph(gm, example_inputs, parsed, config)
 
 
+def compiled_graphs() -> list[CompiledGraph]:
+    """The inference graphs alive in this process, oldest first; each has the `plan` it carries out."""
+    return sorted(_alive, key=lambda graph: graph.serial)
+
+
 class CompiledGraph:
     """One frozen inference graph, recompiled when its weights change."""
 
@@ -83,7 +93,9 @@ class CompiledGraph:
             (self._static if frozen else self._dynamic).append(i)
         self._recompiles = 0
         self._frozen = True
+        self.serial = next(_serial)
         self._compile(example_inputs)
+        _alive.add(self)
 
     def __call__(self, *args: Any) -> Any:
         if self._frozen and self._guard.changed([args[i] for i in self._static]):
@@ -115,6 +127,8 @@ class CompiledGraph:
         config = {
             **self._config,
             "freezing": True,
+            # Inductor looks for dense convolutions to see that channels-last pays; ours hide that.
+            "force_layout_optimization": any(not d.is_dense and d.site.kernel_size for d in self.plan),
             "post_grad_custom_post_pass": inductor_api.cache_key_pass(source_digest(), self._config),
         }
         with torch.no_grad(), dump.sources():

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .codegen import inductor_api, lowerings, source_digest
+from .codegen import inductor_api, lowerings
+from .codegen.cpu_template import source_digest
 from .devices import DeviceSpec
 from .devices import device as find_device
 from .errors import LayerError
