@@ -2,8 +2,10 @@
 
 from .passes.fold_zero_blocks import fold_zero_blocks
 from .passes.insert_block_scales import insert_block_scales
+from .passes.prune_blocks import prune_blocks
 from .pattern import BlockPattern, BlockSparseWeight
 from .plan import Decision, Plan, Site
+from .report import SparsityReport, sparsity_report
 from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
 
 __version__ = "0.1.0"
@@ -13,10 +15,13 @@ __all__ = [
     "Decision",
     "Plan",
     "Site",
+    "SparsityReport",
     "fold_zero_blocks",
     "freeze_scales",
     "insert_block_scales",
     "param_groups",
     "proximal_step",
+    "prune_blocks",
     "scale_penalty",
+    "sparsity_report",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -9,7 +12,9 @@ from torch.nn.utils import parametrize, prune
 from .errors import LayerError, PatternError
 from .layers import KeptTiles, canonical_shape, canonical_weight, groups_of
 from .pattern import BlockPattern, BlockShape
+from .scales import block_scale_of
 from .selection import Layer
+from .zero_blocks import find_zero_blocks
 
 
 def effective_weight(layer: Layer) -> Tensor:
@@ -21,7 +26,8 @@ def effective_weight(layer: Layer) -> Tensor:
     check_weight_known(layer)
     module = layer.module
     if isinstance(module, KeptTiles) or parametrize.is_parametrized(module, "weight"):
-        weight = _evaluate(module)
+        with torch.no_grad(), evaluation_mode(module):
+            weight = module.weight.detach()  # type: ignore[operator,union-attr]
     elif is_masked(module):
         weight = module.weight_orig.detach() * module.weight_mask  # type: ignore[operator,union-attr]
     else:
@@ -31,6 +37,22 @@ def effective_weight(layer: Layer) -> Tensor:
         fix = "Go back to a checkpoint from before training diverged; nothing was changed."
         raise LayerError(layer.name, "finite weights", f"{bad} that are NaN or infinite", fix)
     return canonical_weight(weight, module)
+
+
+def kept_pattern(layer: Layer, weight: Tensor, block_shape: BlockShape | None = None) -> BlockPattern | None:
+    """The tiles of the layer's effective weight that hold a nonzero.
+
+    In the tiles of a folded layer, the blocks of a scaled one, else in `block_shape`, else in the shape
+    that `find_zero_blocks` finds; None if that finds no zero block.
+    """
+    if isinstance(layer.module, KeptTiles):
+        return layer.module.pattern
+    scale = block_scale_of(layer.module)
+    shape = scale.block_shape if scale is not None else block_shape
+    groups = groups_of(layer.module)
+    return (
+        find_zero_blocks(weight, groups) if shape is None else BlockPattern.from_weight(weight, shape, groups)
+    )
 
 
 def make_plain(module: nn.Module) -> None:
@@ -116,12 +138,13 @@ def _kind(module: nn.Module) -> tuple[type, int]:
     return parametrize.type_before_parametrizations(module), groups_of(module)
 
 
-def _evaluate(module: nn.Module) -> Tensor:
-    """`module.weight` without side effects: spectral norm, for one, iterates in training mode."""
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """`module.eval()` for a while: batch norm statistics and spectral norm's iteration stay as they are."""
     modes = {m: m.training for m in module.modules()}
+    module.eval()
     try:
-        with torch.no_grad():
-            return module.eval().weight.detach()  # type: ignore[operator,union-attr]
+        yield
     finally:
         for m, mode in modes.items():
             m.training = mode

@@ -23,6 +23,8 @@ def find_zero_blocks(
     Args:
         candidates: block shapes from large to small; those larger than a group's weight are left out.
     """
+    if weight.ne(0).all():
+        return None
     out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
     fitting = [(bh, bw) for bh, bw in candidates if bh <= out_channels and bw <= in_channels]
     patterns = [BlockPattern.from_weight(weight, block_shape, groups) for block_shape in fitting]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError
-from ..layers import KeptTiles, become_block_sparse, dense_type_of, groups_of, layer_weight
+from ..layers import KeptTiles, become_block_sparse, dense_type_of, layer_weight
 from ..pattern import BlockPattern, BlockShape, check_block_shape
 from ..scales import block_scale_of
 from ..selection import Filter, Layer, keep_valid, select_layers
@@ -26,11 +26,11 @@ from ..weights import (
     check_weight_known,
     effective_weight,
     full_pattern,
+    kept_pattern,
     make_plain,
     weight_parameters,
     weight_users,
 )
-from ..zero_blocks import find_zero_blocks
 
 NAME = "fold_zero_blocks"
 log = logging.getLogger(__name__)
@@ -93,15 +93,10 @@ def fold_zero_blocks(
 
 
 def _plan(layer: Layer, block_shape: BlockShape | None) -> _Fold:
-    weight, groups = effective_weight(layer), groups_of(layer.module)
-    scale = block_scale_of(layer.module)
-    shape = scale.block_shape if scale is not None else block_shape
-    if shape is None:
-        pattern = find_zero_blocks(weight, groups)
-    else:
-        pattern = BlockPattern.from_weight(weight, shape, groups)
-        if pattern.num_kept == pattern.kept.numel():
-            pattern = None
+    weight = effective_weight(layer)
+    pattern = kept_pattern(layer, weight, block_shape)
+    if pattern is not None and pattern.num_kept == pattern.kept.numel():
+        pattern = None
     return _Fold(layer, weight_parameters(layer.module)[0], weight, pattern)
 
 
