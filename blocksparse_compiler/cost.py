@@ -242,6 +242,39 @@ def break_even_density(
 # ---- the decision ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One block-sparse kernel that can run a layer, and its estimated time."""
+
+    seconds: float
+    variant: str
+    pattern: BlockPattern
+
+    @property
+    def label(self) -> str:
+        """Key of `Decision.estimates`: variant and block shape."""
+        bh, bw = self.pattern.block_shape
+        return f"{self.variant} {bh}x{bw}"
+
+
+def candidates(
+    site: Site, weight_patterns: Sequence[BlockPattern], device: DeviceSpec, hints: Hints | None = None
+) -> tuple[list[Candidate], list[str]]:
+    """Every kernel variant at every block shape that can run the layer, fastest first; and why others not."""
+    from .variants import VARIANTS
+
+    found, refusals = [], []
+    for pattern in weight_patterns:
+        for name, variant in VARIANTS.items():
+            refusal = variant.unsupported(site, pattern)
+            if refusal:
+                refusals.append(refusal)
+            else:
+                seconds = sparse_cost(site, pattern, device, name).evaluate(hints)
+                found.append(Candidate(seconds, name, pattern))
+    return sorted(found, key=lambda c: c.seconds), refusals
+
+
 def choose(
     site: Site,
     weight_patterns: Sequence[BlockPattern],
@@ -259,65 +292,66 @@ def choose(
         allow_dense: `False` takes the best sparse kernel that can run the layer, even if it does not pay.
         hints: numbers for symbolic sizes.
     """
-    from .variants import VARIANTS
-
+    if not site.input_shape:
+        return Decision(site, DENSE, "stays dense: its input shape is unknown")
+    estimates = {DENSE: dense_cost(site, device).evaluate(hints)}
     obstacle = _structural_obstacle(site, weight_patterns, allow_dense)
     if obstacle:
-        return Decision(site, DENSE, f"stays dense: {obstacle}")
-    dense_seconds = dense_cost(site, device).evaluate(hints)
-    candidates, refusals = [], []
-    for pattern in weight_patterns:
-        for name, variant in VARIANTS.items():
-            refusal = variant.unsupported(site, pattern)
-            if refusal:
-                refusals.append(refusal)
-                continue
-            seconds = sparse_cost(site, pattern, device, name).evaluate(hints)
-            candidates.append((seconds, name, pattern))
-    estimates = {DENSE: dense_seconds}
-    for seconds, name, pattern in sorted(candidates, key=lambda c: c[0], reverse=True):
-        estimates[name] = seconds
-        estimates[candidate_label(name, pattern.block_shape)] = seconds
-    if not candidates:
+        return Decision(site, DENSE, f"stays dense: {obstacle}", estimates=estimates)
+    ranked, refusals = candidates(site, weight_patterns, device, hints)
+    if not ranked:
         return Decision(site, DENSE, f"stays dense: {_most_common(refusals)}", estimates=estimates)
-    seconds, name, pattern = min(candidates, key=lambda c: c[0])
-    if allow_dense and seconds >= MARGIN * dense_seconds:
-        reason = _why_dense(site, name, pattern, device, hints)
-        return Decision(site, DENSE, reason, pattern, estimates=estimates)
-    config = next(iter(VARIANTS[name].configs(site, pattern, device)), {})
-    reason = _why_sparse(pattern, seconds, dense_seconds, allow_dense)
-    return Decision(site, name, reason, pattern, config, estimates)
+    for candidate in reversed(ranked):  # the fastest of a variant gives the variant's own entry
+        estimates[candidate.label] = estimates[candidate.variant] = candidate.seconds
+    best = ranked[0]
+    if allow_dense and best.seconds >= MARGIN * estimates[DENSE]:
+        reason = _why_dense(site, best, device, hints)
+        return Decision(site, DENSE, reason, best.pattern, estimates=estimates)
+    return Decision(
+        site,
+        best.variant,
+        why_sparse(best.pattern, best.seconds, estimates[DENSE], forced=not allow_dense),
+        best.pattern,
+        best_config(site, best, device),
+        estimates,
+    )
 
 
-def candidate_label(variant: str, block_shape: BlockShape) -> str:
-    """Key of `Decision.estimates` for one variant at one block shape."""
-    return f"{variant} {block_shape[0]}x{block_shape[1]}"
+def best_config(site: Site, candidate: Candidate, device: DeviceSpec) -> Mapping[str, int | str]:
+    """The parameters that the kernel variant itself guesses to be best."""
+    from .variants import VARIANTS
+
+    return next(iter(VARIANTS[candidate.variant].configs(site, candidate.pattern, device)), {})
 
 
 def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_dense: bool) -> str | None:
     """Why no sparse kernel can serve this layer, whatever its cost."""
-    if geometry(site) == "depthwise" and site.in_channels > 1:
+    if geometry(site) == "depthwise":
         return "depthwise convolution has one input channel per group"
-    if not site.input_shape:
-        return "its input shape is unknown"
     if not patterns or (allow_dense and all(p.num_kept == p.kept.numel() for p in patterns)):
         return "no zero blocks found in any supported tile shape"
     return None
 
 
-def _why_sparse(pattern: BlockPattern, seconds: float, dense_seconds: float, allow_dense: bool) -> str:
-    ratio = f"{dense_seconds / seconds:.1f}x"
+def why_sparse(
+    pattern: BlockPattern,
+    seconds: float,
+    dense_seconds: float,
+    *,
+    forced: bool = False,
+    measured: bool = False,
+) -> str:
+    """The sentence for a layer that goes sparse."""
     reason = (
         f"{_kept(pattern)} kept: {format_seconds(seconds)} against {format_seconds(dense_seconds)} dense "
-        f"({ratio})"
+        f"({dense_seconds / seconds:.1f}x{', measured' if measured else ''})"
     )
-    return reason if allow_dense or seconds < dense_seconds else f"{reason}; dense is not allowed here"
+    return f"{reason}; dense is not allowed here" if forced and seconds >= dense_seconds else reason
 
 
-def _why_dense(
-    site: Site, variant: str, pattern: BlockPattern, device: DeviceSpec, hints: Hints | None
-) -> str:
-    limit = break_even_density(site, pattern.block_shape, device, variant=variant, hints=hints)
+def _why_dense(site: Site, best: Candidate, device: DeviceSpec, hints: Hints | None) -> str:
+    pattern = best.pattern
+    limit = break_even_density(site, pattern.block_shape, device, variant=best.variant, hints=hints)
     if limit < 0.01:
         return "stays dense: too little work at this size for any sparse kernel to pay"
     if pattern.density < limit:

@@ -160,6 +160,11 @@ class Plan:
     def __len__(self) -> int:
         return len(self.decisions)
 
+    def __str__(self) -> str:
+        from .tables import render_plan
+
+        return render_plan(self)
+
     def __getitem__(self, name: str) -> Decision:
         """The decision about the layer with this qualified name (or FX node name)."""
         for decision in self.decisions:

@@ -1,0 +1,126 @@
+"""Plans as tables: for a terminal (rich), for a file (plain text), for a page (`explanation.html`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .cost import format_seconds
+from .plan import DENSE, Decision, Plan, Site
+
+PLAIN_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the layers of a plan that have estimates, in seconds.
+
+    Args:
+        dense: every layer dense.
+        chosen: every layer as planned.
+        layers, sparse: number of layers, and of those on a block-sparse kernel.
+    """
+
+    dense: float
+    chosen: float
+    layers: int
+    sparse: int
+
+    @property
+    def speedup(self) -> float | None:
+        return self.dense / self.chosen if self.chosen else None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Totals:
+        known = [d for d in plan if DENSE in d.estimates and d.kernel in d.estimates]
+        return cls(
+            sum(d.estimates[DENSE] for d in known),
+            sum(d.estimates[d.kernel] for d in known),
+            len(plan),
+            sum(not d.is_dense for d in plan),
+        )
+
+    def __str__(self) -> str:
+        head = f"{self.sparse} of {self.layers} layers block-sparse"
+        if not self.chosen:
+            return head
+        return (
+            f"{head}; convolutions and linear layers together {format_seconds(self.chosen)} "
+            f"against {format_seconds(self.dense)} dense ({self.speedup:.1f}x)"
+        )
+
+
+def shape_label(site: Site) -> str:
+    """Kernel, channels and input size in a few characters: `"3x3/2 64→128 g4 @56x56"`."""
+    parts = []
+    if site.kernel_size:
+        parts.append(_times(site.kernel_size) + _stride(site.stride))
+    parts.append(f"{site.in_channels}→{site.out_channels}")
+    if site.groups > 1:
+        parts.append(f"g{site.groups}")
+    if site.kernel_size and len(site.input_shape) > 2:
+        parts.append("@" + _times(site.input_shape[2:]))
+    return " ".join(parts)
+
+
+def sparse_estimate(decision: Decision) -> float | None:
+    """Seconds of the best block-sparse candidate, chosen or not."""
+    others = [seconds for name, seconds in decision.estimates.items() if name != DENSE]
+    return min(others, default=None)
+
+
+def plan_table(plan: Plan, *, title: str | None = None) -> RenderableType:
+    """One row per layer. `Console.print` it."""
+    table = Table(title=title, title_justify="left", caption=str(Totals.of(plan)), caption_justify="left")
+    table.add_column("layer", overflow="fold", ratio=3)
+    table.add_column("op", no_wrap=True)
+    table.add_column("shape", overflow="fold", ratio=3)
+    table.add_column("kept", justify="right", no_wrap=True)
+    table.add_column("block", justify="right", no_wrap=True)
+    table.add_column("kernel", overflow="fold", ratio=2)
+    for column in ("dense", "sparse"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("gain", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold", ratio=6)
+    for decision in plan:
+        table.add_row(*(Text(cell) for cell in _row(decision)), style="" if not decision.is_dense else "dim")
+    return table
+
+
+def render_plan(plan: Plan, *, title: str | None = None, width: int = PLAIN_WIDTH) -> str:
+    """`plan_table` as plain text of at most `width` columns."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(plan_table(plan, title=title))
+    return capture.get().rstrip("\n")
+
+
+def _row(decision: Decision) -> tuple[str, ...]:
+    site, pattern, estimates = decision.site, decision.pattern, decision.estimates
+    dense, sparse = estimates.get(DENSE), sparse_estimate(decision)
+    gain = None if decision.is_dense else decision.speedup
+    return (
+        site.name,
+        site.op,
+        shape_label(site),
+        f"{decision.density:.0%}" if pattern else "",
+        _times(pattern.block_shape) if pattern else "",
+        decision.kernel,
+        format_seconds(dense) if dense else "",
+        format_seconds(sparse) if sparse else "",
+        f"{gain:.1f}x" if gain else "",
+        decision.reason,
+    )
+
+
+def _times(sizes: tuple[int | str, ...]) -> str:
+    return "x".join(str(size) for size in sizes)
+
+
+def _stride(stride: tuple[int, ...]) -> str:
+    if set(stride) <= {1}:
+        return ""
+    return f"/{stride[0]}" if len(set(stride)) == 1 else f"/{_times(stride)}"

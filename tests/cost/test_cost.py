@@ -1,0 +1,267 @@
+"""The cost model: properties that hold for any figures, symbolic sizes, and the decision's sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import sympy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_cases import AnyLayer, conv_site, even_pattern, linear_site
+
+from blocksparse_compiler import BlockPattern, cost
+from blocksparse_compiler.devices import SPECS
+
+SPEC = SPECS["avx512-2core"]
+few = settings(deadline=None, max_examples=30)
+
+sites = st.one_of(
+    st.builds(
+        conv_site,
+        out_channels=st.sampled_from([32, 64, 96, 256, 1000]),
+        in_channels=st.sampled_from([32, 48, 64, 512]),
+        kernel=st.sampled_from([1, 3]),
+        size=st.sampled_from([7, 14, 57]),
+        batch=st.sampled_from([1, 3, 8]),
+    ),
+    st.builds(linear_site, out_channels=st.sampled_from([64, 1000]), rows=st.sampled_from([(1,), (4, 32)])),
+)
+specs = st.sampled_from(list(SPECS.values()))
+blocks = st.sampled_from([(32, 32), (16, 16), (8, 8), (16, 32)])
+
+
+# ---- properties ------------------------------------------------------------------------------------
+
+
+@few
+@given(sites, specs, blocks, st.floats(0, 1), st.floats(0, 1))
+def test_keeping_more_never_costs_less(site, spec, block, one, other):
+    low, high = sorted((one, other))
+    cheap, dear = (cost.sparse_cost(site, block, spec, density=d).evaluate() for d in (low, high))
+    assert cheap <= dear * (1 + 1e-9)
+
+
+@few
+@given(sites, specs, blocks, st.integers(0, 9), st.floats(0, 0.9))
+def test_adding_a_tile_never_costs_less(site, spec, block, seed, density):
+    pattern = even_pattern(site, density, block, seed)
+    kept = pattern.kept.clone()
+    kept.view(-1)[seed % kept.numel()] = True
+    before, after = (cost.sparse_cost(site, p, spec).evaluate() for p in (pattern, pattern.with_kept(kept)))
+    assert before <= after * (1 + 1e-9)
+
+
+@few
+@given(sites, specs, blocks)
+def test_break_even_separates(site, spec, block):
+    limit = cost.break_even_density(site, block, spec)
+    assert 0 <= limit <= 1
+    target = cost.MARGIN * cost.dense_cost(site, spec).evaluate()
+
+    def seconds(density):
+        return cost.sparse_cost(site, block, spec, density=density).evaluate()
+
+    if limit > 0:
+        assert seconds(limit) < target
+    if limit < 0.99:
+        assert seconds(limit + 0.01) >= target
+
+
+@few
+@given(sites, specs)
+def test_larger_batch_never_costs_less(site, spec):
+    bigger = dataclasses.replace(site, input_shape=(2 * site.input_shape[0], *site.input_shape[1:]))
+    for make in (cost.dense_cost, lambda s, d: cost.sparse_cost(s, (32, 32), d, density=0.5)):
+        assert make(site, spec).evaluate() <= make(bigger, spec).evaluate() * (1 + 1e-9)
+
+
+@few
+@given(sites, specs, blocks)
+def test_a_full_weight_stays_dense(table_rows, site, spec, block):
+    decision = cost.choose(site, [even_pattern(site, 2.0, block)], spec)
+    assert decision.is_dense
+
+
+@few
+@given(sites, specs, blocks, st.floats(0.01, 1), st.integers(0, 3))
+def test_sparse_only_where_estimated_faster(table_rows, site, spec, block, density, seed):
+    decision = cost.choose(site, [even_pattern(site, density, block, seed)], spec)
+    if not decision.is_dense:
+        assert decision.estimates[decision.kernel] < cost.MARGIN * decision.estimates["dense"]
+        assert decision.speedup > 1 / cost.MARGIN
+    assert decision.reason and "\n" not in decision.reason
+
+
+@pytest.fixture(scope="module")
+def table_rows():
+    from blocksparse_compiler import variants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "VARIANTS", {"any": AnyLayer()})
+        yield
+
+
+# ---- symbolic sizes --------------------------------------------------------------------------------
+
+
+def test_symbolic_batch_evaluates_to_the_static_cost():
+    symbolic, static = conv_site(batch="s0"), conv_site(batch=3)
+    for make in (cost.dense_cost, lambda s, d: cost.sparse_cost(s, even_pattern(s, 0.3), d)):
+        record = make(symbolic, SPEC)
+        assert {s.name for s in record.seconds.free_symbols} == {"s0"}
+        assert record.evaluate({"s0": 3}) == pytest.approx(make(static, SPEC).evaluate())
+        assert cost.value(record.seconds, {"s0": 3}) == pytest.approx(record.evaluate({"s0": 3}))
+        assert cost.value(record.flops, {"s0": 3}) == pytest.approx(cost.value(make(static, SPEC).flops))
+
+
+def test_symbolic_image_size():
+    site = conv_site(stride=(2, 2), input_shape=(1, 256, "s1", "4*s2"))
+    static = conv_site(stride=(2, 2), input_shape=(1, 256, 21, 40))
+    hints = {"s1": 21, "s2": 10}
+    assert cost.dense_cost(site, SPEC).evaluate(hints) == pytest.approx(
+        cost.dense_cost(static, SPEC).evaluate()
+    )
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("s0", 5), ("2*s0 + 1", 11), ("(s0//2)", 2), ("E", 5), ("s0*I", 25)]
+)
+def test_symbols_are_never_sympy_constants(text, expected):
+    expression = cost.symbolic(text)
+    assert all(isinstance(s, sympy.Symbol) and s.is_integer for s in expression.free_symbols)
+    assert cost.value(expression, dict.fromkeys(("s0", "E", "I"), 5)) == expected
+
+
+def test_flops_of_known_layers():
+    dense = cost.dense_cost(conv_site(64, 32, 3, 10, 2), SPEC)
+    assert dense.flops == 2 * (2 * 10 * 10) * 64 * 32 * 9
+    assert dense.bytes == 4 * (2 * 32 * 100 + 2 * 2 * 64 * 100 + 64 * 32 * 9)
+    linear = cost.dense_cost(linear_site(128, 64, (3, 5)), SPEC)
+    assert linear.flops == 2 * 15 * 128 * 64
+    grouped = cost.dense_cost(conv_site(64, 32, 3, 10, 2, groups=4), SPEC)
+    assert grouped.flops == dense.flops / 4
+    up = conv_site(64, 32, 2, 10, 2, op="conv_transpose2d", stride=(2, 2), padding=((0, 0),) * 2)
+    assert cost.dense_cost(up, SPEC).flops == 2 * (2 * 10 * 10) * 64 * 32 * 4 if up.output_padding else True
+
+
+def test_limit_names_the_roof():
+    assert cost.dense_cost(conv_site(), SPEC).limit() == "compute"
+    assert cost.sparse_cost(conv_site(256, 64, 1, 56), (32, 32), SPEC, density=0.05).limit() == "memory"
+    assert cost.dense_cost(linear_site(8, 8, (1,)), SPEC).limit() == "overhead"
+
+
+def test_one_heavy_row_costs_more_than_an_even_spread():
+    site = linear_site(1024, 1024, (4,))  # fewer rows than a register tile: only block rows can be shared out
+    full = BlockPattern.full((1024, 1024), (32, 32))
+    skewed, even = full.kept & False, full.kept & False
+    skewed[0] = True
+    even[:, 0, 0] = True
+    spec = SPEC.with_figures("test", threads=16)
+    assert skewed.sum() == even.sum()
+    costs = [
+        cost.value(cost.sparse_cost(site, full.with_kept(k), spec).compute_seconds) for k in (skewed, even)
+    ]
+    assert costs[0] > 2 * costs[1]
+
+
+@pytest.mark.parametrize("block", [(32, 32), (16, 16), (8, 8), (4, 1), (1, 1)])
+def test_smaller_blocks_are_never_more_efficient(block):
+    bh, bw = block
+    site = conv_site()
+    smaller = cost.efficiency(site, (max(bh // 2, 1), max(bw // 2, 1)), SPEC)
+    assert 0 < smaller <= cost.efficiency(site, block, SPEC) <= 1
+
+
+def test_figures_of_a_variant_come_first():
+    spec = SPEC.with_figures("test", efficiency={"special/32x32/spatial": 0.123})
+    assert cost.efficiency(conv_site(), (32, 32), spec, "special") == 0.123
+    assert cost.efficiency(conv_site(), (32, 32), spec, "other") != 0.123
+
+
+# ---- the decision ----------------------------------------------------------------------------------
+
+
+def test_sparse_decision(table, spec):
+    site = conv_site()
+    pattern = even_pattern(site, 0.25)
+    decision = cost.choose(site, [pattern], spec)
+    assert decision.kernel == "any" and decision.pattern == pattern and decision.config == {"pixels": 14}
+    assert set(decision.estimates) == {"dense", "any", "any 32x32"}
+    assert not decision.measured
+
+
+def test_the_best_block_shape_wins(table, spec):
+    site = conv_site()
+    coarse = even_pattern(site, 0.25)
+    fine = coarse.retile((16, 16))
+    assert cost.choose(site, [fine, coarse], spec).pattern == coarse
+    sparse_fine = even_pattern(site, 0.1, (16, 16))
+    assert cost.choose(site, [sparse_fine.retile((32, 32)), sparse_fine], spec).pattern == sparse_fine
+
+
+def test_estimates_hold_the_best_block_of_a_variant(table, spec):
+    site = conv_site()
+    patterns = [even_pattern(site, 0.2, b) for b in ((8, 8), (32, 32), (16, 16))]
+    estimates = cost.choose(site, patterns, spec).estimates
+    blocks = [estimates[f"any {b}x{b}"] for b in (8, 16, 32)]
+    assert estimates["any"] == min(blocks) and len(set(blocks)) == 3
+
+
+def test_dense_never_forces_a_kernel(table, spec):
+    site = linear_site(64, 64, (1,))
+    pattern = even_pattern(site, 1.0)
+    assert cost.choose(site, [pattern], spec).is_dense
+    forced = cost.choose(site, [pattern], spec, allow_dense=False)
+    assert forced.kernel == "any"
+
+
+def test_hints_decide(table, spec):
+    site = linear_site(256, 256, ("s0",))
+    pattern = even_pattern(site, 0.5)
+    assert cost.choose(site, [pattern], spec, hints={"s0": 1}).is_dense
+    assert not cost.choose(site, [pattern], spec, hints={"s0": 4096}).is_dense
+
+
+GOLDEN = [
+    ("depthwise", "stays dense: depthwise convolution has one input channel per group"),
+    ("no zeros", "stays dense: no zero blocks found in any supported tile shape"),
+    ("no kernel", "stays dense: transposed convolutions have no block-sparse kernel yet"),
+    ("unknown shape", "stays dense: its input shape is unknown"),
+    ("tiny", "stays dense: too little work at this size for any sparse kernel to pay"),
+    ("too full", "stays dense: 94% kept needs below 90% to pay at this size"),
+    ("sparse", "25% of 32x32 tiles kept: 0.42 ms against 1.52 ms dense (3.6x)"),
+    ("forced", "97% of 32x32 tiles kept: 1.54 ms against 1.52 ms dense (1.0x); dense is not allowed here"),
+]
+
+
+def _golden_case(name, spec):
+    site, kept, options = conv_site(), 0.25, {}
+    spec = spec.with_figures("test", peak_fp32_flops_per_second_per_thread=640e9)
+    if name == "depthwise":
+        site = conv_site(groups=256)
+        return cost.choose(site, [even_pattern(site, 0.5, (1, 1))], spec)
+    if name == "no zeros":
+        return cost.choose(site, [], spec)
+    if name == "no kernel":
+        site = conv_site(op="conv_transpose2d", output_padding=(0, 0))
+    if name == "unknown shape":
+        site = conv_site(input_shape=())
+    if name == "tiny":
+        site, kept = linear_site(32, 64, (1,)), 0.5
+    if name in ("too full", "forced"):
+        kept, options = (0.94, {}) if name == "too full" else (0.97, {"allow_dense": False})
+    return cost.choose(site, [even_pattern(site, kept)], spec, **options)
+
+
+@pytest.mark.parametrize("name, sentence", GOLDEN, ids=[name for name, _ in GOLDEN])
+def test_sentences(table, spec, name, sentence):
+    assert _golden_case(name, spec).reason == sentence
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(2.0, "2.00 s"), (1.52e-3, "1.52 ms"), (0.41e-3, "0.41 ms"), (12.34e-6, "12.3 us"), (0.0, "0.0 us")],
+)
+def test_format_seconds(seconds, text):
+    assert cost.format_seconds(seconds) == text
