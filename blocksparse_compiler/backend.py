@@ -20,6 +20,7 @@ from .errors import BlockSparseError
 from .options import BackendOptions
 from .passes.lower_sites import remove_unused_constants
 from .passes.pipeline import PassContext, run_pipeline
+from .passes.static_values import writes_operand
 from .plan import Plan
 from .planning import copy_graph
 from .weight_guard import WeightGuard
@@ -29,7 +30,6 @@ log = logging.getLogger("blocksparse_compiler")
 MAX_RECOMPILES = 8
 _alive: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 _serial = itertools.count()
-_IN_PLACE_FUNCTIONS = {"setitem", "iadd", "isub", "imul", "itruediv"}
 
 
 def blocksparse(
@@ -132,8 +132,16 @@ class CompiledGraph:
             "post_grad_custom_post_pass": inductor_api.cache_key_pass(source_digest(), self._config),
         }
         with torch.no_grad(), dump.sources():
-            self._run = inductor_api.compile_fx(lowered, inputs, config)
+            self._run = self._inductor(lowered, inputs, config)
         self._guard = WeightGuard(statics, self._options.guard)
+
+    def _inductor(self, gm: GraphModule, inputs: list[Any], config: dict[str, Any]) -> Callable[..., Any]:
+        try:
+            return inductor_api.compile_fx(copy_graph(gm), inputs, config)
+        except Exception as error:
+            # Inductor cannot freeze some layers, float64 convolutions for one.
+            log.info("Inductor failed with frozen weights, trying without: %s", error)
+            return inductor_api.compile_fx(gm, inputs, {**config, "freezing": False})
 
     def _lower(self, gm: GraphModule, dump: GraphDump) -> tuple[GraphModule, Plan]:
         """Our passes on `gm`; the graph as it was, if they fail for a reason that is not the user's."""
@@ -200,25 +208,19 @@ def _mutated_inputs(gm: GraphModule) -> set[Node]:
     """Placeholders that the graph may write to, directly or through a view: these are never frozen."""
     mutated: set[Node] = set()
     for node in gm.graph.nodes:
-        if _writes_first_argument(node) and node.args:
-            root = node.args[0]
-            while isinstance(root, Node) and root.op != "placeholder":
-                root = root.args[0] if root.args else None
-            if isinstance(root, Node):
-                mutated.add(root)
+        if writes_operand(node):
+            for written in (*node.args[:1], node.kwargs.get("out")):
+                mutated.update(_root(written))
         if node.target is torch.nn.functional.batch_norm and _bind_training(node):
             mutated.update(n for n in node.all_input_nodes if n.op == "placeholder")
-        out = node.kwargs.get("out")
-        if isinstance(out, Node):
-            mutated.add(out)
     return mutated
 
 
-def _writes_first_argument(node: Node) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE_FUNCTIONS
+def _root(node: Any) -> list[Node]:
+    """The placeholder that `node` may be a view of: views take their base as first argument."""
+    while isinstance(node, Node) and node.op != "placeholder":
+        node = node.args[0] if node.args else None
+    return [node] if isinstance(node, Node) else []
 
 
 def _bind_training(node: Node) -> bool:

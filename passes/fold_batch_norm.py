@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .calls import LayerCall, NormCall, layer_call, norm_call
-from .static_values import StaticValues, set_constant
+from .static_values import StaticValues, erase_unused, set_constant
 
 
 def fold_batch_norm(gm: GraphModule) -> int:
@@ -25,7 +25,6 @@ def fold_batch_norm(gm: GraphModule) -> int:
             _fold(gm, layer, norm, values)
             folded += 1
     if folded:
-        gm.graph.eliminate_dead_code()
         gm.recompile()
     return folded
 
@@ -64,6 +63,7 @@ def _fold(gm: GraphModule, layer: LayerCall, norm: NormCall, values: StaticValue
     _set_operands(layer, weight_node, bias_node)
     norm.node.replace_all_uses_with(layer.node)
     gm.graph.erase_node(norm.node)
+    erase_unused(gm, (layer.weight, layer.bias, norm.mean, norm.var, norm.weight, norm.bias))
 
 
 def _per_output_channel(scale: Tensor, layer: LayerCall, weight: Tensor) -> Tensor:

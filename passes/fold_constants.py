@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from .calls import layer_call, norm_call
-from .static_values import StaticValues, set_constant
+from .static_values import StaticValues, erase_unused, set_constant
 
 
 def fold_constants(gm: GraphModule) -> int:
@@ -26,7 +26,6 @@ def fold_constants(gm: GraphModule) -> int:
             if isinstance(operand, Node) and operand.op != "get_attr" and values.is_static(operand):
                 folded += _replace(gm, node, operand, values)
     if folded:
-        gm.graph.eliminate_dead_code()
         gm.recompile()
     return folded
 
@@ -34,5 +33,6 @@ def fold_constants(gm: GraphModule) -> int:
 def _replace(gm: GraphModule, user: Node, operand: Node, values: StaticValues) -> int:
     with gm.graph.inserting_before(user):
         constant = set_constant(gm, "folded", values.get(operand).clone())
-    operand.replace_all_uses_with(constant, delete_user_cb=lambda n: n is user)
+    user.replace_input_with(operand, constant)
+    erase_unused(gm, [operand])
     return 1

@@ -14,7 +14,7 @@ from ..ops import pack_weight
 from ..plan import Decision, Plan
 from ..variants import KernelConfig
 from .calls import LayerCall, layer_call, tensor_meta
-from .static_values import StaticValues, set_constant
+from .static_values import StaticValues, erase_unused, set_constant
 
 
 def lower_sites(gm: GraphModule, plan: Plan) -> int:
@@ -29,7 +29,6 @@ def lower_sites(gm: GraphModule, plan: Plan) -> int:
     for call, decision in work:
         _lower(gm, call, decision, values)
     if work:
-        gm.graph.eliminate_dead_code()
         remove_unused_constants(gm)
         gm.recompile()
     return len(work)
@@ -74,6 +73,7 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
     new.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(new)
     gm.graph.erase_node(call.node)
+    erase_unused(gm, [call.weight])
 
 
 def _is_channels_last(node: Node) -> bool:

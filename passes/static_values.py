@@ -7,6 +7,7 @@ pruning mask (`weight_orig * weight_mask`): one evaluator serves them all.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 _RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal_", "uniform", "poisson")
+
+
+_IN_PLACE_FUNCTIONS = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand", "ixor"}
 
 
 class NotStatic(Exception):
@@ -49,7 +53,8 @@ class StaticValues:
             if node in self._values:
                 stack.pop()
                 continue
-            _check_pure(node)
+            if not is_pure(node):
+                raise NotStatic
             missing = [n for n in node.all_input_nodes if n not in self._values]
             if missing:
                 stack.extend(missing)
@@ -69,15 +74,38 @@ class StaticValues:
         return node.target(*args, **kwargs)
 
 
-def _check_pure(node: Node) -> None:
+def is_pure(node: Node) -> bool:
+    """Whether `node` is an attribute, or a call that neither writes to its operands nor draws numbers."""
     if node.op == "get_attr":
-        return
+        return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     if node.op not in ("call_function", "call_method"):
-        raise NotStatic
-    in_place = name.split(".")[0].endswith("_") and not name.endswith("__")
-    if in_place or node.target is operator.setitem or any(word in name for word in _RANDOM):
-        raise NotStatic
+        return False
+    return not writes_operand(node) and not any(word in name for word in _RANDOM)
+
+
+def writes_operand(node: Node) -> bool:
+    """Whether `node` writes to its first operand or to `out=`."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    stem = name.split(".")[0]
+    in_place = stem.endswith("_") and not stem.endswith("__")
+    return in_place or stem in _IN_PLACE_FUNCTIONS or isinstance(node.kwargs.get("out"), Node)
+
+
+def erase_unused(gm: GraphModule, operands: Iterable[Node | None]) -> None:
+    """Erases operands that lost their last user, and what only they needed.
+
+    Narrower than `Graph.eliminate_dead_code`, which would also drop in-place method calls.
+    """
+    pending = [node for node in operands if node is not None]
+    while pending:
+        node = pending.pop()
+        if node.users or node._erased or not is_pure(node):
+            continue
+        pending.extend(node.all_input_nodes)
+        gm.graph.erase_node(node)
 
 
 def set_constant(gm: GraphModule, stem: str, value: torch.Tensor) -> Node:

@@ -51,7 +51,7 @@ def test_a_plan_may_be_a_path(tmp_path):
 
 
 def test_errors_reach_the_user_of_torch_compile():
-    with pytest.raises(Exception, match="dump_dir.*'frezing'"):
+    with pytest.raises(Exception, match=r"dump_dir.*'frezing'"):
         torch.compile(torch.nn.Linear(4, 4), backend="blocksparse", options={"frezing": True})(
             torch.randn(1, 4)
         )
