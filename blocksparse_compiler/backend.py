@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from .codegen import inductor_api, lowerings
 from .codegen.cpu_template import source_digest
-from .devices import DeviceSpec
+from .devices import device as find_device
 from .dump import GraphDump
 from .errors import BlockSparseError
 from .options import BackendOptions
@@ -23,6 +23,7 @@ from .passes.pipeline import PassContext, run_pipeline
 from .passes.static_values import writes_operand
 from .plan import Plan
 from .planning import copy_graph
+from .progress import ProgressLine, progress_line
 from .weight_guard import WeightGuard
 
 log = logging.getLogger("blocksparse_compiler")
@@ -119,10 +120,17 @@ class CompiledGraph:
             self._compile(args)
 
     def _compile(self, args: Sequence[Any]) -> None:
+        with progress_line() as line:
+            self._compile_frozen(args, line)
+
+    def _compile_frozen(self, args: Sequence[Any], line: ProgressLine) -> None:
         statics = [args[i] for i in self._static]
         gm = _freeze_inputs(copy_graph(self._original), dict(zip(self._static, statics, strict=True)))
         dump = GraphDump(self._options.dump_dir)
-        lowered, self.plan = self._lower(gm, dump)
+        line.update("planning")
+        lowered, self.plan = self._lower(gm, dump, line)
+        sparse = sum(not d.is_dense for d in self.plan)
+        line.update(f"generating code ({sparse} of {len(self.plan)} layers block-sparse)")
         inputs = [_example(node, args[i]) for node, i in self._dynamic_placeholders(args)]
         config = {
             **self._config,
@@ -143,14 +151,26 @@ class CompiledGraph:
             log.info("Inductor failed with frozen weights, trying without: %s", error)
             return inductor_api.compile_fx(gm, inputs, {**config, "freezing": False})
 
-    def _lower(self, gm: GraphModule, dump: GraphDump) -> tuple[GraphModule, Plan]:
+    def _lower(self, gm: GraphModule, dump: GraphDump, line: ProgressLine) -> tuple[GraphModule, Plan]:
         """Our passes on `gm`; the graph as it was, if they fail for a reason that is not the user's."""
         lowerings.register()
+        options, device = self._options, find_device(None)
+        allow_dense = options.dense == "auto"
+
+        def tune(graph: GraphModule, plan: Plan) -> Plan:
+            from .tune import tune_plan
+
+            return tune_plan(graph, plan, device, allow_dense=allow_dense, progress=on_layer)
+
+        def on_layer(name: str, done: int, total: int) -> None:
+            line.update(f"measuring {name}", done, total)
+
         context = PassContext(
-            DeviceSpec.host_calibrated() if hasattr(DeviceSpec, "host_calibrated") else DeviceSpec.host(),
-            block_shape=self._options.block_shape,
-            allow_dense=self._options.dense == "auto",
-            given_plan=self._options.plan,
+            device,
+            block_shape=options.block_shape,
+            allow_dense=allow_dense,
+            given_plan=options.plan,
+            tune=tune if options.autotune else None,
             on_pass=dump.on_pass,
         )
         work = copy_graph(gm)

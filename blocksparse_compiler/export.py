@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 
-from .codegen import inductor_api, lowerings
-from .codegen.cpu_template import source_digest
 from .devices import DeviceSpec
 from .devices import device as find_device
 from .errors import LayerError
-from .options import BackendOptions
 from .passes.pipeline import PassContext, run_pipeline
 from .plan import Plan
 from .trace import trace
@@ -47,6 +44,11 @@ def export(
         LayerError: if `path` does not end in `.pt2` or the model cannot be captured as one graph.
         OptionError: for an unknown option.
     """
+    # Not at the top: Inductor is slow to import, and training needs none of it.
+    from .codegen import inductor_api, lowerings
+    from .codegen.cpu_template import source_digest
+    from .options import BackendOptions
+
     if Path(path).suffix != ".pt2":
         raise LayerError("export", "a path that ends in .pt2", repr(str(path)), "Rename the file.")
     parsed = BackendOptions.parse(options)

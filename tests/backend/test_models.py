@@ -101,7 +101,8 @@ def test_layers_really_go_sparse():
     plan = compiled_graphs()[-1].plan
     sparse = [d for d in plan if not d.is_dense]
     assert len(sparse) >= len(plan) - 2
-    assert "stem" not in sparse[0].site.name and all(0.2 < d.density < 0.8 for d in sparse)
+    kept = sum(d.pattern.kept_elements for d in sparse) / sum(d.pattern.mask().numel() for d in sparse)
+    assert 0.4 < kept < 0.6
 
 
 @torch.no_grad()
