@@ -12,6 +12,7 @@ layer; the compiler finds the constant scatter and replaces it by a block-sparse
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .errors import LayerError, PatternError
-from .pattern import BlockPattern, BlockShape, gather_tiles, scatter_tiles
+from .pattern import BlockPattern, BlockShape, gather_tiles, grid_shape, scatter_tiles
 
 DENSE_TYPES: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -30,6 +31,9 @@ DENSE_TYPES: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+
+SAVED = ("values", "kept", "weight_shape")  # what a folded layer writes into a state dict
+DENSE_KEYS = ("weight", "weight_orig", "parametrizations.weight.original")
 
 
 # ---- one layout for every layer -----------------------------------------------------------------
@@ -103,7 +107,7 @@ class KeptTiles(nn.Module):
         weight = layer_weight(scatter_tiles(self.values, self.pattern, self.tile_index), self)
         return weight.contiguous(memory_format=self._memory_format)
 
-    def set_pattern(self, pattern: BlockPattern) -> None:
+    def _set_pattern(self, pattern: BlockPattern) -> None:
         """Takes another pattern; the buffers that save it and scatter with it follow."""
         device = self.values.device
         self.pattern = pattern
@@ -114,7 +118,7 @@ class KeptTiles(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws new values, as the dense layer would."""
-        self.set_pattern(self.pattern)
+        self._set_pattern(self.pattern)
         dense = self.values.new_empty(self.pattern.weight_shape)
         nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
         with torch.no_grad():
@@ -139,34 +143,30 @@ class KeptTiles(nn.Module):
         error_msgs: list[str],
     ) -> None:
         where = prefix.removesuffix(".") or type(self).__name__
-        saved = {key: state_dict.get(prefix + key) for key in ("values", "kept", "weight_shape")}
-        if any(
-            f"{prefix}{key}" in state_dict
-            for key in ("weight", "weight_orig", "parametrizations.weight.original")
-        ):
+        saved = {key: state_dict[prefix + key] for key in SAVED if prefix + key in state_dict}
+        dense = [key for key in DENSE_KEYS if prefix + key in state_dict]
+        if dense:
             fix = "Load it into the dense model, then call fold_zero_blocks."
-            error_msgs.append(
-                str(PatternError(where, "a checkpoint of a folded layer", "a dense weight", fix))
-            )
+            error = PatternError(where, "a checkpoint of a folded layer", f"a dense one ({dense[0]})", fix)
+            error_msgs.append(str(error))
             return
-        if all(isinstance(tensor, Tensor) for tensor in saved.values()):
+        if len(saved) == len(SAVED):
             try:
-                pattern = _saved_pattern(where, self.pattern, **saved)  # type: ignore[arg-type]
+                self._resize(saved_pattern(where, self.pattern.weight_shape, self.pattern.groups, saved))
             except PatternError as error:
                 error_msgs.append(str(error))
                 return
-            self._resize(pattern)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.set_pattern(self.pattern)
+        self._set_pattern(self.pattern)
 
     def _resize(self, pattern: BlockPattern) -> None:
         """Makes room for the values of another pattern; the Parameter object stays the optimizer's."""
         if pattern != self.pattern:
             self.values.grad = None
             self.values.data = self.values.new_empty(pattern.num_kept, *pattern.block_shape)
-        self.set_pattern(pattern)
+        self._set_pattern(pattern)
 
 
 class BlockSparseLinear(KeptTiles, nn.Linear):
@@ -232,7 +232,7 @@ def become_block_sparse(
     if values is None:
         values = nn.Parameter(gather_tiles(weight.detach(), pattern), requires_grad=old.requires_grad)
     layer.values = values
-    layer.set_pattern(pattern)
+    layer._set_pattern(pattern)
 
 
 def dense_type_of(layer: nn.Module, name: str | None = None) -> type[nn.Module]:
@@ -261,29 +261,29 @@ def _memory_format(weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _saved_pattern(
-    where: str, like: BlockPattern, values: Tensor, kept: Tensor, weight_shape: Tensor
+def saved_pattern(
+    where: str,
+    weight_shape: tuple[int, ...],
+    groups: int,
+    saved: Mapping[str, Tensor],
 ) -> BlockPattern:
-    """The pattern that a checkpoint carries, checked against the layer's geometry and its own values."""
-    shape = tuple(weight_shape.tolist())
-    if shape != like.weight_shape:
-        raise PatternError(
-            where,
-            f"a checkpoint for a weight of shape {list(like.weight_shape)}",
-            f"one for {list(shape)}",
-            "Build the model with the sizes it was saved with.",
-        )
+    """The pattern that a checkpoint carries in `saved` (the keys `SAVED`).
+
+    Raises:
+        PatternError: naming the layer `where`, if it is for another weight shape or contradicts itself.
+    """
+    values, kept, shape = saved["values"], saved["kept"], tuple(saved["weight_shape"].tolist())
+    if shape != weight_shape:
+        expected = f"a checkpoint for a weight of shape {list(weight_shape)}"
+        fix = "Build the model with the sizes it was saved with."
+        raise PatternError(where, expected, f"one for {list(shape)}", fix)
     fix = "Save the whole layer again; values and kept belong together."
     if values.dim() != 3 or min(values.shape[1:]) < 1 or kept.dtype != torch.bool:
         got = f"values {list(values.shape)}, kept {kept.dtype}"
         raise PatternError(where, "values [n, bh, bw] and a bool tile grid", got, fix)
-    _, bh, bw = values.shape
-    full = BlockPattern.full(shape, (bh, bw), like.groups)
-    if tuple(kept.shape) != full.grid_shape or int(kept.sum()) != len(values):
-        raise PatternError(
-            where,
-            f"a tile grid of shape {list(full.grid_shape)} with {len(values)} kept tiles of {bh}x{bw}",
-            f"shape {list(kept.shape)} with {int(kept.sum())}",
-            fix,
-        )
-    return full.with_kept(kept)
+    n, bh, bw = values.shape
+    grid = grid_shape(shape[0], shape[1] * groups, shape[2:], groups, (bh, bw))
+    if tuple(kept.shape) != grid or int(kept.sum()) != n:
+        expected = f"a tile grid of shape {list(grid)} with {n} kept tiles of {bh}x{bw}"
+        raise PatternError(where, expected, f"shape {list(kept.shape)} with {int(kept.sum())}", fix)
+    return BlockPattern(shape[0], shape[1] * groups, shape[2:], groups, (bh, bw), kept)
