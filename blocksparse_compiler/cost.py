@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import sympy
 
+from . import variants
 from .devices import DeviceSpec
 from .pattern import BlockPattern, BlockShape
 from .plan import DENSE, Decision, Site
@@ -29,8 +30,11 @@ MARGIN = 0.95
 DEFAULT_HINT = 8
 """Stands in for a symbolic size without a hint."""
 
-_TILE_PIXELS = 14  # register tile of the CPU kernels: pixels x two vectors of outputs
+FEW_ROWS = 32
+"""Linear layers on fewer rows have a dense efficiency of their own."""
+
 _BYTES = 4
+_PAGE_BYTES = 4096
 _FUNCTIONS = {"floor", "ceiling", "Max", "Min", "Mod", "Piecewise"}
 
 Hints = Mapping[str, int]
@@ -96,8 +100,12 @@ def value(expression: sympy.Expr, hints: Hints | None = None) -> float:
 
 
 def geometry(site: Site) -> str:
-    """`"linear"`, `"pointwise"`, `"spatial"`, `"grouped"` or `"depthwise"`: the classes of efficiency."""
-    if site.groups > 1:
+    """The class of a layer: `"linear"`, `"pointwise"`, `"spatial"`, `"grouped"` or `"depthwise"`.
+
+    Groups of at least 16 channels each run like ungrouped layers, in torch too.
+    """
+    narrow = min(site.in_channels, site.out_channels) // site.groups
+    if site.groups > 1 and narrow < 16:
         return "depthwise" if site.groups == site.in_channels else "grouped"
     if not site.kernel_size:
         return "linear"
@@ -112,6 +120,29 @@ def positions(site: Site) -> sympy.Expr:
 
 def weight_elements(site: Site) -> int:
     return site.out_channels * (site.in_channels // site.groups) * math.prod(site.kernel_size)
+
+
+def inside_fraction(site: Site) -> float:
+    """Fraction of (output pixel, tap) pairs that read inside the image: kernels skip the others.
+
+    Taken as 1 along dimensions of symbolic size, and for transposed convolutions.
+    """
+    fraction = 1.0
+    for i, k in enumerate(site.kernel_size if not site.transposed else ()):
+        size, out = site.input_shape[2 + i], site.output_spatial[i]
+        if isinstance(size, str) or isinstance(out, str) or out < 1:
+            continue
+        first = range(-site.padding[i][0], out * site.stride[i] - site.padding[i][0], site.stride[i])
+        fraction *= sum(0 <= o + t * site.dilation[i] < size for o in first for t in range(k)) / (out * k)
+    return fraction
+
+
+def _macs(site: Site, elements: float) -> sympy.Expr:
+    """Multiply-adds of a weight with this many elements."""
+    if site.transposed:  # every input pixel meets the whole kernel
+        pixels = sympy.Mul(*(symbolic(s) for s in (site.input_shape[0], *site.input_shape[2:])))
+        return pixels * elements
+    return positions(site) * elements * inside_fraction(site)
 
 
 def _activation_bytes(site: Site) -> sympy.Expr:
@@ -135,20 +166,25 @@ def _memory_seconds(traffic: sympy.Expr, device: DeviceSpec) -> sympy.Expr:
 
 def dense_cost(site: Site, device: DeviceSpec) -> Cost:
     """The layer as a dense operator of torch."""
-    pixels = positions(site)
-    flops = 2 * pixels * weight_elements(site)
-    if site.transposed:  # every input pixel meets the whole kernel
-        flops = 2 * sympy.Mul(*(symbolic(s) for s in site.input_shape)) * weight_elements(site)
-        flops /= site.in_channels
+    flops = 2 * _macs(site, weight_elements(site))
     traffic = _activation_bytes(site) + _BYTES * weight_elements(site)
-    rate = device.peak_fp32_flops_per_second * device.efficiency.get(f"dense/{geometry(site)}", 0.5)
+    linear = not site.kernel_size
     return Cost(
         flops,
         traffic,
-        flops / rate,
+        flops / (device.peak_fp32_flops_per_second * _dense_efficiency(site, device)),
         _memory_seconds(traffic, device),
-        sympy.Float(device.dense_call_seconds + device.thread_start_seconds),
+        sympy.Float(device.dense_linear_call_seconds if linear else device.dense_conv_call_seconds),
     )
+
+
+def _dense_efficiency(site: Site, device: DeviceSpec) -> sympy.Expr:
+    table, kind = device.efficiency, geometry(site)
+    usual = sympy.Float(table.get(f"dense/{kind}", 0.5))
+    if kind != "linear":
+        return usual
+    few = sympy.Float(table.get("dense/few_rows", usual))
+    return sympy.Piecewise((few, positions(site) < FEW_ROWS), (usual, True))
 
 
 def sparse_cost(
@@ -170,29 +206,55 @@ def sparse_cost(
     else:
         block, kept, skew = pattern, density * weight_elements(site), 1.0
     pixels = positions(site)
-    flops = 2 * pixels * kept
+    flops = 2 * _macs(site, kept)
     traffic = _activation_bytes(site) + _BYTES * sympy.sympify(kept)
     rate = device.peak_fp32_flops_per_second * efficiency(site, block, device, variant)
+    rate *= cache_conflict(site, block, device)
+    tile_pixels, _ = _register_tile(block, device)
     # Either pixels or block rows are split over the threads, whichever divides better.
-    chunks = sympy.ceiling(pixels / _TILE_PIXELS)
+    chunks = sympy.ceiling(pixels / tile_pixels)
     turns = sympy.ceiling(chunks / device.threads) * device.threads / chunks
-    fill = pixels / (chunks * _TILE_PIXELS)
-    imbalance = sympy.Min(turns, skew)
-    vectors = pixels * -(-site.out_channels // device.vector_lanes)
-    epilogue = vectors * device.epilogue_seconds_per_vector / device.threads
     return Cost(
         flops,
         traffic,
-        flops * imbalance / (rate * fill) + epilogue,
+        flops * sympy.Min(turns, skew) / (rate * _tile_fill(site, tile_pixels))
+        + epilogue_seconds(site, block, device),
         _memory_seconds(traffic, device),
-        sympy.Float(device.sparse_call_seconds + device.thread_start_seconds),
+        sympy.Float(device.sparse_call_seconds),
     )
+
+
+def _register_tile(block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
+    """(pixels, vector lanes) that the inner loop of this block shape works on."""
+    tile = variants.register_tile(block[0], device.vector_lanes, device.vector_registers)
+    return (tile.pixels, tile.lanes) if tile else (1, 1)
+
+
+def epilogue_seconds(site: Site, block: BlockShape, device: DeviceSpec) -> sympy.Expr:
+    """Time of bias, activation and stores, however many tiles are kept."""
+    vectors = positions(site) * -(-site.out_channels // _register_tile(block, device)[1])
+    return vectors * device.epilogue_seconds_per_vector / device.threads
+
+
+def _tile_fill(site: Site, tile_pixels: int) -> sympy.Expr:
+    """Part of the pixels in register tiles that is not computed twice.
+
+    Pointwise layers tile all pixels in a row; others tile each output row, or the same row of several
+    images, in segments of equal length.
+    """
+    if not site.kernel_size or geometry(site) == "pointwise":
+        total, length = positions(site), tile_pixels
+        count = sympy.ceiling(total / length)
+        return total / (count * sympy.ceiling(total / count))
+    width = symbolic(site.output_spatial[-1])
+    count = sympy.ceiling(width / tile_pixels)
+    return width / (count * sympy.ceiling(width / count))
 
 
 def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant: str = "") -> float:
     """Fraction of peak that kept tiles run at: the device's figure for the nearest smaller block shape."""
-    kind = geometry(site)
-    kind = "linear" if not site.kernel_size else "spatial" if kind in ("grouped", "depthwise") else kind
+    spatial = math.prod(site.kernel_size) > 1
+    kind = "linear" if not site.kernel_size else "spatial" if spatial else "pointwise"
     bh, bw = block_shape
     table = device.efficiency
     for exact in (f"{variant}/{bh}x{bw}/{kind}", f"{bh}x{bw}/{kind}"):
@@ -203,6 +265,19 @@ def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant:
         return table.get(f"{square}x{square}/{kind}", 0.3)
     # Narrower than a vector: lanes go unused in proportion.
     return table.get(f"8x8/{kind}", 0.3) * bh / 8
+
+
+def cache_conflict(site: Site, block_shape: BlockShape, device: DeviceSpec) -> float:
+    """Slow-down, in `(0, 1]`, of layers whose neighbouring pixels lie a power of two apart.
+
+    Addresses 4 KiB apart share a set of the L1 cache; once the pixels of a register tile are more than
+    the ways of their set, every load misses. The exponent is fitted to measurements.
+    """
+    stride = _BYTES * site.in_channels * (site.stride[-1] if site.stride else 1)
+    sets_apart = _PAGE_BYTES // math.gcd(stride, _PAGE_BYTES)
+    crowding = _register_tile(block_shape, device)[0] / sets_apart
+    ways = device.l1_bytes_per_thread / _PAGE_BYTES
+    return min(1.0, (ways / crowding) ** 1.4)
 
 
 def _row_skew(pattern: BlockPattern, device: DeviceSpec) -> float:
@@ -261,11 +336,9 @@ def candidates(
     site: Site, weight_patterns: Sequence[BlockPattern], device: DeviceSpec, hints: Hints | None = None
 ) -> tuple[list[Candidate], list[str]]:
     """Every kernel variant at every block shape that can run the layer, fastest first; and why others not."""
-    from .variants import VARIANTS
-
     found, refusals = [], []
     for pattern in weight_patterns:
-        for name, variant in VARIANTS.items():
+        for name, variant in variants.VARIANTS.items():
             refusal = variant.unsupported(site, pattern)
             if refusal:
                 refusals.append(refusal)
@@ -319,9 +392,7 @@ def choose(
 
 def best_config(site: Site, candidate: Candidate, device: DeviceSpec) -> Mapping[str, int | str]:
     """The parameters that the kernel variant itself guesses to be best."""
-    from .variants import VARIANTS
-
-    return next(iter(VARIANTS[candidate.variant].configs(site, candidate.pattern, device)), {})
+    return next(iter(variants.VARIANTS[candidate.variant].configs(site, candidate.pattern, device)), {})
 
 
 def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_dense: bool) -> str | None:

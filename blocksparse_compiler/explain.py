@@ -126,11 +126,12 @@ def explain(
     """
     if dense not in ("auto", "never"):
         raise OptionError("explain", "dense to be 'auto' or 'never'", repr(dense), "Leave it out.")
-    from . import planning, trace
+    from .planning import plan as make_plan
+    from .trace import trace
 
     spec = find_device(device)
-    graph = trace.trace(model, *example_inputs)
-    plan = planning.plan(graph, spec, block_shape=block_shape, allow_dense=dense == "auto")
+    graph = trace(model, *example_inputs)
+    plan = make_plan(graph, spec, block_shape=block_shape, allow_dense=dense == "auto")
     return Explanation(plan, spec, model, example_inputs)
 
 

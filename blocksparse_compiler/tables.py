@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.console import Console, RenderableType
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .cost import format_seconds
+from .devices import NUMBERS, DeviceSpec
 from .plan import DENSE, Decision, Plan, Site
 
 PLAIN_WIDTH = 160
@@ -124,3 +126,47 @@ def _stride(stride: tuple[int, ...]) -> str:
     if set(stride) <= {1}:
         return ""
     return f"/{stride[0]}" if len(set(stride)) == 1 else f"/{_times(stride)}"
+
+
+# ---- facts and devices -----------------------------------------------------------------------------
+
+_SUFFIXES = (
+    ("_flops_per_second_per_thread", 1e9, "GFLOP/s per thread"),
+    ("_bytes_per_second_per_thread", 1e9, "GB/s per thread"),
+    ("_bytes_per_second", 1e9, "GB/s"),
+    ("_bytes_per_thread", 1024, "KiB per thread"),
+    ("_bytes", 1024, "KiB"),
+    ("_seconds_per_vector", 1e-9, "ns per vector"),
+    ("_seconds", 1e-6, "us"),
+)
+
+
+def facts_table(facts: Mapping[str, str]) -> RenderableType:
+    """Two columns: name and value."""
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def device_table(device: DeviceSpec) -> RenderableType:
+    """Every figure of a device, with its unit and its source."""
+    table = Table(title=f"{device.name} ({device.isa})", title_justify="left")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("unit")
+    table.add_column("source", overflow="fold")
+    for name in NUMBERS:
+        table.add_row(*_figure(name, getattr(device, name)), device.sources.get(name, ""))
+    for kind, fraction in sorted(device.efficiency.items()):
+        table.add_row(
+            f"efficiency {kind}", f"{fraction:.2f}", "of peak", device.sources.get("efficiency", "")
+        )
+    return table
+
+
+def _figure(name: str, value: float) -> tuple[str, str, str]:
+    for suffix, size, unit in _SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix).replace("_", " "), f"{value / size:,.4g}", unit
+    return name.replace("_", " "), f"{value:g}", ""

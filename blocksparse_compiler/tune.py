@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import cost, disk_cache
+from . import cost, disk_cache, variants
 from .codegen import inductor_api, lowerings
 from .codegen.cpu_template import source_digest
 from .devices import DeviceSpec
@@ -246,11 +246,9 @@ def _options(
     site: Site, ranked: Sequence[cost.Candidate], device: DeviceSpec
 ) -> dict[str, tuple[cost.Candidate, dict[str, int | str]]]:
     """What to measure: the best candidate in all its parameters, the runners-up in their first."""
-    from .variants import VARIANTS
-
     found: dict[str, tuple[cost.Candidate, dict[str, int | str]]] = {}
     for rank, candidate in enumerate(c for c in ranked if c.seconds <= 2 * ranked[0].seconds):
-        configs = VARIANTS[candidate.variant].configs(site, candidate.pattern, device)
+        configs = variants.VARIANTS[candidate.variant].configs(site, candidate.pattern, device)
         for i, config in enumerate(configs if rank == 0 else configs[:1]):
             if len(found) < MAX_CANDIDATES:
                 found[f"{candidate.label} #{i}"] = (candidate, dict(config))

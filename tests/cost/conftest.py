@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from layer_cases import AnyLayer
+from layer_cases import FIXED, AnyLayer
 
-from blocksparse_compiler.devices import SPECS, DeviceSpec
+from blocksparse_compiler.devices import DeviceSpec
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +15,7 @@ def no_measuring(monkeypatch):
 
 @pytest.fixture
 def spec() -> DeviceSpec:
-    return SPECS["avx512-2core"]
+    return FIXED
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ RANGES = {
     "l2_bytes_per_second_per_thread": (5e9, 1e12),
     "l3_bytes_per_second": (5e9, 1e13),
     "dram_bytes_per_second": (2e9, 2e12),
-    "dense_call_seconds": (1e-7, 1e-3),
+    "dense_conv_call_seconds": (1e-7, 1e-3),
+    "dense_linear_call_seconds": (1e-7, 1e-3),
     "sparse_call_seconds": (1e-8, 1e-3),
-    "thread_start_seconds": (1e-8, 1e-3),
     "epilogue_seconds_per_vector": (1e-11, 1e-7),
 }
 ALL = [*SPECS.values(), DeviceSpec.host()]

@@ -5,6 +5,37 @@ from __future__ import annotations
 import torch
 
 from blocksparse_compiler import BlockPattern, Site
+from blocksparse_compiler.devices import DeviceSpec
+
+# Round figures that no calibration or new release changes: sentences and choices in tests rest on them.
+FIXED = DeviceSpec(
+    name="fixed",
+    isa="avx512",
+    threads=2,
+    vector_bits=512,
+    vector_registers=32,
+    peak_fp32_flops_per_second_per_thread=250e9,
+    l1_bytes_per_thread=48 * 1024,
+    l2_bytes_per_thread=1024 * 1024,
+    l3_bytes=32 * 1024 * 1024,
+    l2_bytes_per_second_per_thread=100e9,
+    l3_bytes_per_second=100e9,
+    dram_bytes_per_second=50e9,
+    dense_conv_call_seconds=10e-6,
+    dense_linear_call_seconds=5e-6,
+    sparse_call_seconds=5e-6,
+    epilogue_seconds_per_vector=0.5e-9,
+    efficiency={
+        "dense/spatial": 1.0,
+        "dense/pointwise": 1.0,
+        "dense/linear": 1.0,
+        "dense/grouped": 0.5,
+        "dense/depthwise": 0.2,
+        **{f"32x32/{kind}": 0.9 for kind in ("spatial", "pointwise", "linear")},
+        **{f"16x16/{kind}": 0.8 for kind in ("spatial", "pointwise", "linear")},
+        **{f"8x8/{kind}": 0.4 for kind in ("spatial", "pointwise", "linear")},
+    },
+)
 
 
 def conv_site(out_channels=256, in_channels=256, kernel=3, size=14, batch=8, **kwargs) -> Site:
