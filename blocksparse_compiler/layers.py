@@ -90,6 +90,7 @@ class KeptTiles(nn.Module):
     pattern: BlockPattern
     values: nn.Parameter
     tile_index: Tensor
+    _memory_format: torch.memory_format
 
     def __init__(self, *args: Any, pattern: BlockPattern, **kwargs: Any) -> None:
         nn.Module.__init__(self)
@@ -106,6 +107,11 @@ class KeptTiles(nn.Module):
         """The dense weight in the torch layer's own layout; differentiable with respect to `values`."""
         weight = layer_weight(scatter_tiles(self.values, self.pattern, self.tile_index), self)
         return weight.contiguous(memory_format=self._memory_format)
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        fix = "Write to `values`, or fold a dense layer that has the new weight."
+        raise LayerError(type(self).__name__, "its kept tiles to be set", "a dense weight", fix)
 
     def _set_pattern(self, pattern: BlockPattern) -> None:
         """Takes another pattern; the buffers that save it and scatter with it follow."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -114,7 +115,7 @@ def _called_layers(model: nn.Module) -> set[nn.Module] | None:
     try:
         graph = _LayerTracer().trace(model)
     except Exception as error:  # whatever the user's forward raises on proxies
-        reason = str(error).strip().split("\n")[0]
+        reason = textwrap.shorten(str(error).split(". ")[0], 100, placeholder="…")
         log.warning(
             "torch.fx cannot trace %s (%s): taking every convolution and linear layer in it, called or not",
             type(model).__name__,

@@ -88,7 +88,7 @@ def check_weight_known(layer: Layer) -> None:
     """Raises `LayerError` if the weight is lazy, or computed by a hook that we do not know."""
     module = layer.module
     own = module._parameters.get("weight")
-    if nn.parameter.is_lazy(own):
+    if own is not None and nn.parameter.is_lazy(own):
         raise LayerError(layer.name, "an initialised weight", "a lazy one", "Run the model once first.")
     known = own is not None or isinstance(module, KeptTiles) or is_masked(module)
     if not known and not parametrize.is_parametrized(module, "weight"):
