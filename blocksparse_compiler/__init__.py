@@ -4,6 +4,7 @@ from . import passes
 from .checkpoint import load_folded
 from .explain import Explanation, explain
 from .export import export
+from .passes.apply_pattern import apply_pattern
 from .passes.fold_zero_blocks import fold_zero_blocks
 from .passes.insert_block_scales import insert_block_scales
 from .passes.prune_blocks import prune_blocks
@@ -12,6 +13,7 @@ from .plan import Decision, Plan, Site
 from .planning import plan
 from .report import SparsityReport, sparsity_report
 from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
+from .schemes import PeriodicKernels, RandomBlocks, StructuredBand
 from .trace import trace
 
 __version__ = "0.1.0"
@@ -20,9 +22,13 @@ __all__ = [
     "BlockSparseWeight",
     "Decision",
     "Explanation",
+    "PeriodicKernels",
     "Plan",
+    "RandomBlocks",
     "Site",
     "SparsityReport",
+    "StructuredBand",
+    "apply_pattern",
     "explain",
     "export",
     "fold_zero_blocks",

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize, prune
 from .errors import LayerError, PatternError
 from .layers import KeptTiles, canonical_shape, canonical_weight, groups_of
 from .pattern import BlockPattern, BlockShape
-from .scales import block_scale_of
+from .scales import BlockScale
+from .schemes import FixedMask
 from .selection import Layer
 from .zero_blocks import find_zero_blocks
 
@@ -42,17 +43,24 @@ def effective_weight(layer: Layer) -> Tensor:
 def kept_pattern(layer: Layer, weight: Tensor, block_shape: BlockShape | None = None) -> BlockPattern | None:
     """The tiles of the layer's effective weight that hold a nonzero.
 
-    In the tiles of a folded layer, the blocks of a scaled one, else in `block_shape`, else in the shape
-    that `find_zero_blocks` finds; None if that finds no zero block.
+    In the tiles of a folded layer, the blocks of a scaled or masked one, else in `block_shape`, else in
+    the shape that `find_zero_blocks` finds; None if that finds no zero block.
     """
     if isinstance(layer.module, KeptTiles):
         return layer.module.pattern
-    scale = block_scale_of(layer.module)
-    shape = scale.block_shape if scale is not None else block_shape
-    groups = groups_of(layer.module)
+    shape, groups = own_block_shape(layer.module) or block_shape, groups_of(layer.module)
     return (
         find_zero_blocks(weight, groups) if shape is None else BlockPattern.from_weight(weight, shape, groups)
     )
+
+
+def own_block_shape(module: nn.Module) -> BlockShape | None:
+    """The block shape that a layer's scales or its fixed mask come in."""
+    if parametrize.is_parametrized(module, "weight"):
+        for parametrization in reversed(module.parametrizations["weight"]):  # type: ignore[index,arg-type]
+            if isinstance(parametrization, BlockScale | FixedMask):
+                return parametrization.block_shape
+    return None
 
 
 def make_plain(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Stores only the weight blocks that are not zero.
 
 Conv2d(weight = clamp(S, 0, 1) * W)  ─┐
+Conv2d(weight = mask * W)            ─┤
 Conv2d(weight_orig, weight_mask)     ─┼→  BlockSparseConv2d(values [n, bh, bw], pattern)
 Conv2d(weight with zero blocks)      ─┘
 
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from ..errors import LayerError
 from ..layers import KeptTiles, become_block_sparse, dense_type_of, layer_weight
 from ..pattern import BlockPattern, BlockShape, check_block_shape
-from ..scales import block_scale_of
 from ..selection import Filter, Layer, keep_valid, select_layers
 from ..weights import (
     check_untied,
@@ -28,6 +28,7 @@ from ..weights import (
     full_pattern,
     kept_pattern,
     make_plain,
+    own_block_shape,
     weight_parameters,
     weight_users,
 )
@@ -55,14 +56,15 @@ def fold_zero_blocks(
 ) -> nn.Module:
     """Turns each layer with zero blocks into its folded form (`BlockSparseConv2d`, …), in place.
 
-    Scaled layers (`insert_block_scales`) keep their block shape and get S multiplied into W; masks of
-    torch.nn.utils.prune and other parametrizations are evaluated and dropped; plain dense weights are
-    searched for zero blocks. Outputs do not change. Folded layers still train, save and load, copy,
-    export and move; make the optimizer anew, as their `values` are new parameters.
+    Scaled layers (`insert_block_scales`) keep their block shape and get S multiplied into W, and masked
+    ones (`apply_pattern`) keep theirs; masks of torch.nn.utils.prune and other parametrizations are
+    evaluated and dropped; plain dense weights are searched for zero blocks. Outputs do not change. Folded
+    layers still train, save and load, copy, export and move; make the optimizer anew, as their `values`
+    are new parameters.
 
     Args:
-        block_shape: (output, input) channels of the tiles of layers that are not scaled; chosen for each
-            layer from its zeros if not given (`find_zero_blocks`).
+        block_shape: (output, input) channels of the tiles of layers that have none of their own; chosen for
+            each layer from its zeros if not given (`find_zero_blocks`).
         include, exclude: names (with wildcards; a name also stands for what is below it) or module types.
 
     Raises:
@@ -79,9 +81,7 @@ def fold_zero_blocks(
         lambda layer: dense_type_of(layer.module, layer.name),
         check_weight_known,
         lambda layer: check_untied(layer, layers, users),
-        lambda layer: (
-            block_shape and block_scale_of(layer.module) is None and full_pattern(layer, block_shape)
-        ),
+        lambda layer: block_shape and not own_block_shape(layer.module) and full_pattern(layer, block_shape),
     )
     folds = [_plan(layer, block_shape) for layer in layers]
     _check_tied_agree(folds)
@@ -117,7 +117,7 @@ def _apply(fold: _Fold, tied: dict[int, nn.Parameter]) -> None:
         make_plain(module)
         become_block_sparse(module, fold.weight, fold.pattern, tied.get(id(fold.parameter)))
         tied[id(fold.parameter)] = module.values  # type: ignore[assignment]
-    elif block_scale_of(module) is not None:
+    elif own_block_shape(module):
         make_plain(module)
         with torch.no_grad():
             module.weight.copy_(layer_weight(fold.weight, module))  # type: ignore[operator,union-attr,arg-type]
