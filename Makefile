@@ -25,7 +25,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(INSTALLED)  ## Train, fold, compile and time a block-sparse network (under 5 minutes)
-	$(RUN) examples/demo.py
+	$(RUN) -m examples.demo
 
 test: $(INSTALLED)  ## Run the whole test suite
 	$(RUN) -m pytest $(PYTEST_ARGS)
