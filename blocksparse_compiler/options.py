@@ -28,8 +28,8 @@ class BackendOptions:
         block_shape: consider only this tile shape.
         dump_dir: folder for the graph after each pass, the plan and the generated sources.
         guard: how weights are watched for changes that torch does not count, such as writes through
-            `.data`. "sample" compares 32 elements of every tensor on each call and the whole of one
-            tensor in turn; "full" compares everything on each call; "version" trusts torch's counters.
+            `.data`. "sample" compares a few elements of every tensor on each call and a slice of all
+            contents in turn; "full" compares everything on each call; "version" trusts torch's counters.
         inductor: options passed through to Inductor.
     """
 
