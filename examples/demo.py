@@ -98,7 +98,7 @@ def _compile(model: nn.Module, x: Tensor, backend: str) -> tuple[timing.Call, fl
 
 
 def main(
-    epochs: Annotated[int, typer.Option(help="Epochs of both trainings.")] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs of both trainings.")] = 8,
     batch: Annotated[int, typer.Option(help="Batch size of the measured forward pass.")] = 32,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and pages.")] = OUT,
 ) -> None:
