@@ -6,6 +6,7 @@ Dynamo graphs call torch functions (`torch.conv2d`), exported graphs call ATen o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,9 +140,8 @@ def layer_name(node: Node) -> str:
     if not stack:
         return node.name
     path = next(reversed(stack.values()))[0]
-    for prefix in ("L['self']", "L['fn']"):
-        path = path.removeprefix(prefix)
-    return path.strip(".") or node.name
+    path = re.sub(r"^L\['(self|fn)'\]", "", path)  # the compiled module itself, as Dynamo calls it
+    return re.sub(r"L\['(\w+)'\]", r"\1", path).strip(".") or node.name
 
 
 def _bind(node: Node, names: Sequence[str]) -> dict[str, Any]:

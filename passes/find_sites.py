@@ -35,8 +35,8 @@ def sites_with_calls(gm: GraphModule) -> list[tuple[LayerCall, Site]]:
 
 
 def _site(call: LayerCall) -> Site | None:
-    x, weight = tensor_meta(call.input), tensor_meta(call.weight)
-    if x is None or weight is None:
+    x, weight, out = tensor_meta(call.input), tensor_meta(call.weight), tensor_meta(call.node)
+    if x is None or weight is None or out is None:
         return None
     shape = tuple(weight.shape)
     if any(isinstance(size, torch.SymInt) for size in shape) or weight.dim() != call.spatial_dims + 2:
@@ -59,7 +59,7 @@ def _site(call: LayerCall) -> Site | None:
         dilation=call.dilation,
         output_padding=call.output_padding if call.transposed else (),
         input_shape=tuple(_size(s) for s in x.shape),
-        dtype=str(x.dtype).removeprefix("torch."),
+        dtype=str(out.dtype).removeprefix("torch."),
         device=str(x.device),
         bias=call.bias is not None,
         epilogue=_epilogue(call.node),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .calls import LayerCall, NormCall, layer_call, norm_call
+from .calls import LayerCall, NormCall, layer_call, norm_call, tensor_meta
 from .static_values import StaticValues, erase_unused, set_constant
 
 
@@ -31,8 +31,11 @@ def fold_batch_norm(gm: GraphModule) -> int:
 
 def _can_fold(layer: LayerCall, norm: NormCall, values: StaticValues) -> bool:
     # A linear layer's channel axis is its last, batch norm's is axis 1: equal for 2-D inputs only.
-    result = layer.node.meta.get("val", layer.node.meta.get("example_value"))
+    result = tensor_meta(layer.node)
     if not layer.spatial_dims and (result is None or result.dim() != 2):
+        return False
+    weight = tensor_meta(layer.weight)
+    if result is None or weight is None or result.dtype != weight.dtype:  # autocast computes in another dtype
         return False
     tensors = [layer.weight, norm.mean, norm.var]
     tensors += [t for t in (layer.bias, norm.weight, norm.bias) if t is not None]

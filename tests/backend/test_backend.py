@@ -121,6 +121,38 @@ def test_changed_weights_are_never_stale(change):
     check(fast, model, image(3))
 
 
+def test_changed_weights_under_inference_mode():
+    model, x = network(), image()
+    fast = compiled(model)
+    with torch.inference_mode():
+        check(fast, model, x)
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    with torch.inference_mode():
+        check(fast, model, x)
+
+
+@torch.no_grad()
+def test_batch_statistics_update_in_training_mode_without_gradients():
+    model, other, x = network().train(), network().train(), image()
+    fast = compiled(model)
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), other(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.norm.running_mean, other.norm.running_mean)
+    assert int(model.norm.num_batches_tracked) == 3
+
+
+@torch.no_grad()
+def test_autocast_stays_dense_and_keeps_its_dtype():
+    model, x = network(), image()
+    fast = compiled(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = fast(x), model(x)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=5e-2, atol=5e-2)
+    assert all(d.is_dense for d in compiled_graphs()[-1].plan)
+
+
 @torch.no_grad()
 def test_weights_that_keep_changing_end_on_kernels_that_read_them(caplog):
     model, x = network(), image()
