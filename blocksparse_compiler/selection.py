@@ -6,6 +6,7 @@ import difflib
 import logging
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -113,7 +114,8 @@ class _LayerTracer(fx.Tracer):
 def _called_layers(model: nn.Module) -> set[nn.Module] | None:
     """The modules that `forward` reaches; `None` (and a warning) if torch.fx cannot trace the model."""
     try:
-        graph = _LayerTracer().trace(model)
+        with _attributes_kept(model):
+            graph = _LayerTracer().trace(model)
     except Exception as error:  # whatever the user's forward raises on proxies
         reason = textwrap.shorten(str(error).split(". ")[0], 100, placeholder="…")
         log.warning(
@@ -131,6 +133,18 @@ def _called_layers(model: nn.Module) -> set[nn.Module] | None:
             path = node.target.split(".")[:-1]
             called.update(model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1))
     return called
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Undoes what `forward` sets on modules: while tracing, `self.features = x` would leave a proxy there."""
+    before = {module: dict(module.__dict__) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
 
 
 def _as_tuple(filter: Filter) -> tuple[str | type, ...]:

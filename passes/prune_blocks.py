@@ -55,7 +55,8 @@ def prune_blocks(
 ) -> nn.Module:
     """One-shot magnitude pruning: keeps the fraction `density` of the blocks and zeroes the rest, in place.
 
-    Keeps `round(density * blocks)` blocks, and at least one in every layer, so that none is cut in two.
+    Keeps `round(density * blocks)` blocks, and at least one in every layer: an empty one would cut the
+    network in two.
     Layers with block scales are pruned by setting S to zero in their own blocks (and may come back in
     training unless `freeze_scales` is called); in other layers the weights themselves are zeroed, and
     `fold_zero_blocks` makes that last. Layers smaller than a block stay as they are, with a logged reason.
@@ -139,7 +140,7 @@ def _choose(strengths: list[Tensor], density: float, scope: str) -> list[Tensor]
     if scope == "layer":
         return [_strongest(s.flatten(), _count(density, s.numel())).reshape(s.shape) for s in strengths]
     device = strengths[0].device
-    # The best block of each layer comes first: a layer without any would cut the network in two.
+    # The best block of each layer comes first, so that no layer ends up empty.
     flat = [s.flatten().to(device).index_fill(0, s.argmax().to(device), torch.inf) for s in strengths]
     total = sum(s.numel() for s in strengths)
     kept = _strongest(torch.cat(flat), max(_count(density, total), len(strengths)))

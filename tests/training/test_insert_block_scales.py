@@ -196,6 +196,22 @@ def test_a_model_that_fx_cannot_trace_is_walked_and_says_so_once(caplog):
     assert "torch.fx cannot trace Untraceable" in warnings[0]
 
 
+def test_looking_for_layers_leaves_no_traces_in_the_model():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(4, 4), 0
+
+        def forward(self, x):
+            self.calls += 1
+            self.features = self.layer(x)
+            return self.features
+
+    model = bsc.insert_block_scales(Remembers(), (2, 2))
+    assert model.calls == 0
+    assert not hasattr(model, "features")
+
+
 def test_a_layer_used_twice_is_scaled_once():
     shared = nn.Linear(4, 4)
     model = bsc.insert_block_scales(nn.Sequential(shared, nn.ReLU(), shared), (2, 2))
