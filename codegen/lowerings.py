@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -15,7 +16,7 @@ import torch
 
 from .. import ops as _ops  # noqa: F401  registers the operators
 from ..variants import VARIANTS, KernelConfig, RegisterTile, register_tile
-from .cpu_template import BlockSparseTemplate, ConvGeometry, flat_tiling, row_tiling
+from .cpu_template import BlockSparseTemplate
 from .inductor_api import (
     fallback_handler,
     ir,
@@ -24,6 +25,7 @@ from .inductor_api import (
     pick_vec_isa,
     register_lowering,
 )
+from .tiling import ConvGeometry, as_int, flat_tiling, is_static, row_tiling
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +59,14 @@ def _or_fallback(op: Any, lower: Callable[..., Any]) -> Callable[..., Any]:
 def lower_linear(
     x: Any, values: Any, row_ptr: Any, channel_offset: Any, bias: Any, out_channels: int, kernel: str
 ) -> Any:
-    config, tile = _config(x, values, kernel)
+    weight = _Weight(values, row_ptr, channel_offset, bias, out_channels, kernel)
+    weight.check(x)
     *rows, channels = x.get_size()
-    pixels = sympy.prod(rows)
-    tiling = flat_tiling(pixels, tile.pixels)
-    if tiling is None:
-        raise Unsupported(f"{pixels} rows may be fewer than a register tile")
-    x = ir.ExternKernel.require_contiguous(lowerings[torch.ops.aten.reshape.default](x, [pixels, channels]))
-    out = _call(x, values, row_ptr, channel_offset, bias, [pixels, out_channels], config, tile, tiling, None)
-    return lowerings[torch.ops.aten.reshape.default](out, [*rows, out_channels])
+    pixels = as_int(sympy.prod(rows))
+    x = _reshape(x, [pixels, channels])
+    x = ir.ExternKernel.require_contiguous(x)
+    out = weight.multiply(x, 1, _row_of_pixels(pixels, int(channels)), [pixels, out_channels])
+    return _reshape(out, [*rows, out_channels])
 
 
 def lower_conv(
@@ -82,104 +83,111 @@ def lower_conv(
     channels_last: bool,
     kernel: str,
 ) -> Any:
-    config, tile = _config(x, values, kernel)
+    weight = _Weight(values, row_ptr, channel_offset, bias, out_channels, kernel)
+    weight.check(x)
+    if len(kernel_size) == 1:
+        # A 1-D convolution is a 2-D one on images of one row.
+        n, channels, length = x.get_size()
+        geometry = ([1, *kernel_size], [1, *stride], [0, 0, *padding], [1, *dilation])
+        out = _lower_conv2d(weight, _reshape(x, [n, channels, 1, length]), *geometry)
+        return _reshape(out, [n, out_channels, out.get_size()[3]])
     if len(kernel_size) != 2:
         raise Unsupported(f"{len(kernel_size)} spatial dimensions")
+    return _lower_conv2d(weight, x, kernel_size, stride, padding, dilation)
+
+
+def _lower_conv2d(
+    weight: _Weight,
+    x: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Any:
     x = ir.ExternKernel.require_channels_last(x)
     x.realize()
-    n, _, *size = x.get_size()
-    size = _static(size, "image size")
-    stride_n, stride_c, *spatial_strides = _static(x.get_stride(), "stride")
-    if stride_c != 1 and x.get_size()[1] != 1:
-        raise Unsupported("input channels are not contiguous")
-    before, after = padding[::2], padding[1::2]
+    n, _, *size = map(as_int, x.get_size())
+    image_stride, channel_stride, row_stride, pixel_stride = map(as_int, x.get_stride())
+    if channel_stride != 1 or not is_static(pixel_stride):
+        raise Unsupported(f"strides {x.get_stride()} of the input")
     out_size = [
-        (s + b + a - d * (k - 1) - 1) // st + 1
-        for s, b, a, k, st, d in zip(size, before, after, kernel_size, stride, dilation, strict=True)
+        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
+        + 1
+        for i in range(2)
     ]
     conv = ConvGeometry(
-        tuple(size),
-        tuple(out_size),
-        (stride_n, *spatial_strides),
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(before),
-        tuple(dilation),
+        input_size=tuple(size),
+        output_size=tuple(out_size),
+        input_strides=(image_stride, row_stride, pixel_stride),
+        kernel_size=tuple(kernel_size),
+        stride=tuple(stride),
+        pad_begin=tuple(padding[::2]),
+        dilation=tuple(dilation),
     )
-    flat = _is_flat(conv, n)
-    if flat:
-        tiling = flat_tiling(n * out_size[0] * out_size[1], tile.pixels)
-        if tiling is None:
-            raise Unsupported("the image may be smaller than a register tile")
+    shape = [n, *out_size, weight.out_channels]
+    if conv.is_flat(n):
+        out = weight.multiply(x, 1, _row_of_pixels(n * size[0] * size[1], pixel_stride), shape)
     else:
-        tiling = row_tiling(n, conv.output_size, tile.pixels)
-        if max(conv.overhang) > 1:
-            raise Unsupported("a tap leaves the image by more than one pixel")
-    shape = [n, *out_size, out_channels]
-    out = _call(x, values, row_ptr, channel_offset, bias, shape, config, tile, tiling, None if flat else conv)
+        out = weight.multiply(x, n, conv, shape)
     return lowerings[torch.ops.aten.permute.default](out, [0, 3, 1, 2])
 
 
-def _is_flat(conv: ConvGeometry, images: Any) -> bool:
-    """Whether output pixel p reads input pixel p alone, all pixels evenly spaced in memory."""
-    (h, w), (image, row, pixel) = conv.input_size, conv.input_strides
-    dense = (row == w * pixel or h == 1) and (image == h * w * pixel or images == 1)
-    plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.output_size == conv.input_size
-    return plain and conv.pad_begin == (0, 0) and dense
+def _row_of_pixels(pixels: Any, step: int) -> ConvGeometry:
+    """A 1x1 convolution whose input pixels lie evenly spaced, whatever their images and rows."""
+    return ConvGeometry((1, pixels), (1, pixels), (0, 0, step))
 
 
-def _config(x: Any, values: Any, kernel: str) -> tuple[KernelConfig, RegisterTile]:
-    config = KernelConfig.decode(kernel)
-    if config.variant not in VARIANTS:
-        raise Unsupported(f"no kernel variant {config.variant!r}")
-    if x.get_device().type != "cpu" or x.get_dtype() != torch.float32:
-        raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
-    isa = pick_vec_isa()
-    lanes = isa.nelements() if isa else 4
-    tile = register_tile(int(values.get_size()[2]), lanes, 32 if lanes == 16 else 16)
-    if tile is None:
-        raise Unsupported(f"block height {values.get_size()[2]}")
-    return config, tile
+class _Weight:
+    """A packed weight with its bias, and the kernel to run it."""
+
+    def __init__(
+        self, values: Any, row_ptr: Any, channel_offset: Any, bias: Any, out_channels: int, kernel: str
+    ) -> None:
+        self.operands = [t for t in (values, row_ptr, channel_offset, bias) if t is not None]
+        self.out_channels = out_channels
+        _, bw, bh = values.get_size()
+        self.block_shape = (int(bh), int(bw))
+        self.config = KernelConfig.decode(kernel)
+
+    def check(self, x: Any) -> None:
+        if self.config.variant not in VARIANTS:
+            raise Unsupported(f"no kernel variant {self.config.variant!r}")
+        if x.get_device().type != "cpu" or any(
+            t.get_dtype() != torch.float32 for t in (x, self.operands[0], *self.operands[3:])
+        ):
+            raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
+        if not is_static(x.get_size()[1 if x.get_size() and len(x.get_size()) > 2 else -1]):
+            raise Unsupported("symbolic channels")
+
+    def tile(self) -> RegisterTile:
+        isa = pick_vec_isa()
+        lanes = isa.nelements() if isa else 4
+        tile = register_tile(self.block_shape[0], lanes, 32 if lanes == 16 else 16)
+        if tile is None:
+            raise Unsupported(f"block height {self.block_shape[0]}")
+        return replace(tile, pixels=min(tile.pixels, int(self.config.parameters.get("pixels", tile.pixels))))
+
+    def multiply(self, x: Any, images: Any, conv: ConvGeometry, shape: list[Any]) -> Any:
+        """The output node of the kernel, contiguous `shape`."""
+        operands = [x, *self.operands]
+        nodes = [ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in operands]
+        for node in nodes:
+            node.freeze_layout()
+        tile = self.tile()
+        flat = flat_tiling(conv.output_size[1], tile.pixels) if conv.is_flat(images) else None
+        template = BlockSparseTemplate(
+            nodes,
+            ir.FixedLayout(x.get_device(), x.get_dtype(), shape),
+            parallel_num_threads(),
+            images=images,
+            conv=conv,
+            tile=tile,
+            tiling=flat or row_tiling(images, conv, tile.pixels),
+            block_shape=self.block_shape,
+            parameters=dict(self.config.parameters),
+        )
+        return template.generate().output_node()
 
 
-def _call(
-    x: Any,
-    values: Any,
-    row_ptr: Any,
-    channel_offset: Any,
-    bias: Any,
-    shape: list[Any],
-    config: KernelConfig,
-    tile: RegisterTile,
-    tiling: Any,
-    conv: ConvGeometry | None,
-) -> Any:
-    operands = [t for t in (x, values, row_ptr, channel_offset, bias) if t is not None]
-    nodes = [ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in operands]
-    for node in nodes:
-        node.freeze_layout()
-    step = (
-        conv.input_strides[2]
-        if conv
-        else _static([nodes[0].get_stride()[0 if len(shape) == 2 else 3]], "")[0]
-    )
-    layout = ir.FixedLayout(x.get_device(), x.get_dtype(), shape)
-    _, bw, bh = _static(values.get_size(), "block")
-    template = BlockSparseTemplate(
-        nodes,
-        layout,
-        parallel_num_threads(),
-        tile,
-        tiling,
-        dict(config.parameters),
-        (bh, bw),
-        step,
-        conv,
-    )
-    return template.generate().output_node()
-
-
-def _static(sizes: Sequence[Any], what: str) -> list[int]:
-    if any(not isinstance(s, int) and not getattr(s, "is_Integer", False) for s in sizes):
-        raise Unsupported(f"symbolic {what} {list(sizes)}")
-    return [int(s) for s in sizes]
+def _reshape(x: Any, sizes: list[Any]) -> Any:
+    return lowerings[torch.ops.aten.reshape.default](x, sizes)

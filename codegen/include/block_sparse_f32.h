@@ -1,11 +1,10 @@
 // Block-sparse implicit GEMM, fp32, channels last: the register tile and the tables around it.
 //
-//   acc[p][o] = bias[o] + sum over kept tiles (tap, channels) of x[p + tap][c] * w[c][o]
+//   out[p][o] = bias[o] + sum over kept tiles (tap, channels c) of x[p + tap][c] * w[c][o]
 //
-// A register tile is SEGMENTS x SEGMENT pixels by VECTORS vectors of output channels. A segment is a run of
-// pixels of one output row, so its input pixels of one tap lie `step` floats apart. Everything is
-// always_inline: with literal arguments the strides become address constants and the accumulators stay in
-// registers up to the fused epilogue.
+// Everything is always_inline: with literal arguments the strides become address constants, and the
+// accumulators stay in registers up to the fused epilogue.
+//
 // The text is pasted into every generated source, so that compilation caches and packages hold all of it.
 #ifndef BLOCK_SPARSE_F32
 #define BLOCK_SPARSE_F32
@@ -52,133 +51,174 @@ struct Vector<8> {
 };
 #endif
 
-// Which pixels of each segment lie outside the image for the tap at hand.
-enum Skip { NONE, FIRST, LAST };
-
-// acc += x * w for one kept tile: BW channels of every pixel, w[BW][BH].
-template <int LANES, int SEGMENTS, int SEGMENT, int VECTORS, int BW, int BH, Skip SKIP>
-BLOCK_SPARSE_INLINE void multiply_tile(
-    Vector<LANES> (&acc)[SEGMENTS * SEGMENT][VECTORS], const float* const (&x)[SEGMENTS], int64_t step, const float* w) {
-#pragma GCC unroll 2
-  for (int k = 0; k < BW; ++k) {
-    Vector<LANES> wk[VECTORS];
-#pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) wk[j] = Vector<LANES>::load(w + k * BH + j * LANES);
-#pragma GCC unroll 64
-    for (int p = 0; p < SEGMENTS * SEGMENT; ++p) {
-      const int i = p % SEGMENT;
-      if ((SKIP == FIRST && i == 0) || (SKIP == LAST && i == SEGMENT - 1)) continue;
-      const auto xp = Vector<LANES>::broadcast(x[p / SEGMENT][i * step + k]);
-#pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) acc[p][j] = Vector<LANES>::multiply_add(xp, wk[j], acc[p][j]);
-    }
-  }
-}
-
-// All kept tiles of one (block row, tap).
-template <int LANES, int SEGMENTS, int SEGMENT, int VECTORS, int BW, int BH, Skip SKIP>
-BLOCK_SPARSE_INLINE void multiply_tap(
-    Vector<LANES> (&acc)[SEGMENTS * SEGMENT][VECTORS], const float* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS],
-    int64_t step, const float* values, const int32_t* channel_offset, int32_t begin, int32_t end) {
-  const float* w = values + static_cast<int64_t>(begin) * (BW * BH);
-#pragma GCC unroll 1
-  for (int32_t b = begin; b < end; ++b, w += BW * BH) {
-    const float* xb[SEGMENTS];
-#pragma GCC unroll 16
-    for (int s = 0; s < SEGMENTS; ++s) xb[s] = x[s] + (channel_offset[b] & mask[s]);
-    multiply_tile<LANES, SEGMENTS, SEGMENT, VECTORS, BW, BH, SKIP>(acc, xb, step, w);
-  }
-}
-
-template <int LANES, int PIXELS, int VECTORS>
-BLOCK_SPARSE_INLINE void start_tile(Vector<LANES> (&acc)[PIXELS][VECTORS], const float* bias) {
-#pragma GCC unroll 8
-  for (int j = 0; j < VECTORS; ++j) {
-    const Vector<LANES> b = bias ? Vector<LANES>::load(bias + j * LANES) : Vector<LANES>::broadcast(0.0f);
-#pragma GCC unroll 64
-    for (int p = 0; p < PIXELS; ++p) acc[p][j] = b;
-  }
-}
-
-template <int LANES, int PIXELS, int VECTORS>
-BLOCK_SPARSE_INLINE void finish_tile(const Vector<LANES> (&acc)[PIXELS][VECTORS], float* out) {
-#pragma GCC unroll 64
-  for (int p = 0; p < PIXELS; ++p) {
-#pragma GCC unroll 8
-    for (int j = 0; j < VECTORS; ++j) Vector<LANES>::store(acc[p][j], out + (p * VECTORS + j) * LANES);
-  }
-}
-
-// One tile of a linear layer or of a 1x1 convolution with stride 1: pixels `step` floats apart from x on.
-template <int LANES, int PIXELS, int VECTORS, int BW, int BH>
-BLOCK_SPARSE_INLINE void linear_tile(
-    float* out, const float* x, int64_t step, const float* values, const int32_t* row_ptr,
-    const int32_t* channel_offset, const float* bias) {
-  Vector<LANES> acc[PIXELS][VECTORS];
-  start_tile(acc, bias);
-  multiply_tap<LANES, 1, PIXELS, VECTORS, BW, BH, NONE>(
-      acc, {x}, {-1}, step, values, channel_offset, row_ptr[0], row_ptr[1]);
-  finish_tile(acc, out);
-}
-
+// What a convolution needs to know besides its strides along a row. Sizes in pixels, strides in floats.
 struct Geometry {
-  int64_t height, width;              // input
-  int64_t row_stride, pixel_stride;   // input, in floats
+  int64_t height, width;  // input
+  int64_t row_stride, pixel_stride;
   int64_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
 };
 
-// Where a segment lies: its image, and its output row. All segments of a tile start at the same column.
+// A run of pixels of one output row. All segments of a tile start at the same column.
 struct Segment {
   const float* image;
   int64_t row;
 };
 
-// One tile of a convolution. A tap may leave the image by at most one pixel per side of a segment.
-template <int LANES, int SEGMENTS, int SEGMENT, int VECTORS, int BW, int BH, int KH, int KW, bool LEFT, bool RIGHT>
-BLOCK_SPARSE_INLINE void conv_tile(
-    float* out, const Segment (&segment)[SEGMENTS], int64_t column, const Geometry& g, const float* zeros,
-    const float* values, const int32_t* row_ptr, const int32_t* channel_offset, const float* bias) {
-  Vector<LANES> acc[SEGMENTS * SEGMENT][VECTORS];
-  start_tile(acc, bias);
-  const int64_t step = g.stride_w * g.pixel_stride;
+// The kept tiles of one block row: `values[b]` is [BW][BH], `row_ptr` has one entry per tap.
+struct BlockRow {
+  const float* values;
+  const int32_t *row_ptr, *channel_offset;
+  const float* bias;  // BH floats, or null
+};
+
+// How a tap can leave the image within one segment: by its first pixel, by its last, by any number of pixels.
+enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4 };
+
+// A register tile: SEGMENTS x SEGMENT pixels, STEP floats apart in the input, by VECTORS vectors of channels.
+template <int LANES, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH>
+struct Tile {
+  using Vec = Vector<LANES>;
+  static constexpr int PIXELS = SEGMENTS * SEGMENT;
+  typedef Vec Accumulators[PIXELS][VECTORS];
+
+  // acc += x * w for one kept tile. SKIP names the pixel of each segment that is outside the image.
+  template <int SKIP>
+  BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const float* const (&x)[SEGMENTS], const float* w) {
 #pragma GCC unroll 1
-  for (int kh = 0; kh < KH; ++kh) {
-    const float* row[SEGMENTS];
-    int64_t mask[SEGMENTS];
-    bool any = false;
-#pragma GCC unroll 16
-    for (int s = 0; s < SEGMENTS; ++s) {
-      const int64_t ih = segment[s].row * g.stride_h - g.pad_top + kh * g.dilation_h;
-      const bool inside = ih >= 0 && ih < g.height;
-      any |= inside;
-      mask[s] = -static_cast<int64_t>(inside);
-      row[s] = inside || SEGMENTS == 1 ? segment[s].image + ih * g.row_stride : zeros;
-    }
-    if (!any) continue;
-#pragma GCC unroll 1
-    for (int kw = 0; kw < KW; ++kw) {
-      const int32_t begin = row_ptr[kh * KW + kw], end = row_ptr[kh * KW + kw + 1];
-      const int64_t iw = column * g.stride_w - g.pad_left + kw * g.dilation_w;
-      const float* x[SEGMENTS];
-#pragma GCC unroll 16
-      for (int s = 0; s < SEGMENTS; ++s)
-        x[s] = row[s] + ((SEGMENTS == 1 ? iw : iw & mask[s]) * g.pixel_stride);
-      if (LEFT && iw < 0) {
-        if (SEGMENT > 1)
-          multiply_tap<LANES, SEGMENTS, SEGMENT, VECTORS, BW, BH, FIRST>(
-              acc, x, mask, step, values, channel_offset, begin, end);
-      } else if (RIGHT && iw + (SEGMENT - 1) * g.stride_w >= g.width) {
-        if (SEGMENT > 1)
-          multiply_tap<LANES, SEGMENTS, SEGMENT, VECTORS, BW, BH, LAST>(
-              acc, x, mask, step, values, channel_offset, begin, end);
-      } else {
-        multiply_tap<LANES, SEGMENTS, SEGMENT, VECTORS, BW, BH, NONE>(
-            acc, x, mask, step, values, channel_offset, begin, end);
+    for (int k = 0; k < BW; ++k) {
+      Vec wk[VECTORS];
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::load(w + k * BH + j * LANES);
+#pragma GCC unroll 64
+      for (int p = 0; p < PIXELS; ++p) {
+        const int i = p % SEGMENT;
+        if ((SKIP == LEFT && i == 0) || (SKIP == RIGHT && i == SEGMENT - 1)) continue;
+        const Vec xp = Vec::broadcast(x[p / SEGMENT][i * STEP + k]);
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; ++j) acc[p][j] = Vec::multiply_add(xp, wk[j], acc[p][j]);
       }
     }
   }
-  finish_tile(acc, out);
-}
+
+  // The same with any set of pixels outside the image: those read zeros.
+  BLOCK_SPARSE_INLINE void multiply_any(Accumulators& acc, const float* const (&x)[PIXELS], const float* w) {
+#pragma GCC unroll 1
+    for (int k = 0; k < BW; ++k) {
+      Vec wk[VECTORS];
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::load(w + k * BH + j * LANES);
+#pragma GCC unroll 64
+      for (int p = 0; p < PIXELS; ++p) {
+        const Vec xp = Vec::broadcast(x[p][k]);
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; ++j) acc[p][j] = Vec::multiply_add(xp, wk[j], acc[p][j]);
+      }
+    }
+  }
+
+  // All kept tiles [begin, end) of one tap. A segment with mask 0 lies outside the image: x points at zeros.
+  template <int SKIP>
+  BLOCK_SPARSE_INLINE void multiply_tap(
+      Accumulators& acc, const float* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], const BlockRow& row,
+      int32_t begin, int32_t end) {
+    const float* w = row.values + static_cast<int64_t>(begin) * (BW * BH);
+#pragma GCC unroll 1
+    for (int32_t b = begin; b < end; ++b, w += BW * BH) {
+      const float* xb[SEGMENTS];
+#pragma GCC unroll 32
+      for (int s = 0; s < SEGMENTS; ++s) xb[s] = x[s] + (row.channel_offset[b] & mask[s]);
+      multiply<SKIP>(acc, xb, w);
+    }
+  }
+
+  // The same where only pixels [first, last) of each segment are inside the image.
+  BLOCK_SPARSE_INLINE void multiply_border_tap(
+      Accumulators& acc, const float* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], int64_t first,
+      int64_t last, const float* zeros, const BlockRow& row, int32_t begin, int32_t end) {
+    const float* w = row.values + static_cast<int64_t>(begin) * (BW * BH);
+#pragma GCC unroll 1
+    for (int32_t b = begin; b < end; ++b, w += BW * BH) {
+      const float* xb[PIXELS];
+#pragma GCC unroll 64
+      for (int p = 0; p < PIXELS; ++p) {
+        const int s = p / SEGMENT, i = p % SEGMENT;
+        const bool inside = mask[s] && i >= first && i < last;
+        xb[p] = inside ? x[s] + i * STEP + row.channel_offset[b] : zeros;
+      }
+      multiply_any(acc, xb, w);
+    }
+  }
+
+  BLOCK_SPARSE_INLINE void start(Accumulators& acc, const float* bias) {
+#pragma GCC unroll 8
+    for (int j = 0; j < VECTORS; ++j) {
+      const Vec b = bias ? Vec::load(bias + j * LANES) : Vec::broadcast(0.0f);
+#pragma GCC unroll 64
+      for (int p = 0; p < PIXELS; ++p) acc[p][j] = b;
+    }
+  }
+
+  BLOCK_SPARSE_INLINE void finish(const Accumulators& acc, float* out) {
+#pragma GCC unroll 64
+    for (int p = 0; p < PIXELS; ++p) {
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) Vec::store(acc[p][j], out + (p * VECTORS + j) * LANES);
+    }
+  }
+
+  // A tile of a linear layer, or of a 1x1 convolution that reads pixel after pixel.
+  BLOCK_SPARSE_INLINE void linear(float* out, const float* x, const BlockRow& row) {
+    Accumulators acc;
+    start(acc, row.bias);
+    multiply_tap<INSIDE>(acc, {x}, {-1}, row, row.row_ptr[0], row.row_ptr[1]);
+    finish(acc, out);
+  }
+
+  // A tile of a convolution. `zeros`: BW floats, or (SEGMENT - 1) * STEP + BW if there are several segments.
+  template <int KH, int KW, int BORDER>
+  BLOCK_SPARSE_INLINE void conv(
+      float* out, const Segment (&segment)[SEGMENTS], int64_t column, const Geometry& g, const float* zeros,
+      const BlockRow& block_row) {
+    Accumulators acc;
+    start(acc, block_row.bias);
+#pragma GCC unroll 1
+    for (int kh = 0; kh < KH; ++kh) {
+      const float* row[SEGMENTS];
+      int64_t mask[SEGMENTS];
+      bool any = false;
+#pragma GCC unroll 32
+      for (int s = 0; s < SEGMENTS; ++s) {
+        const int64_t ih = segment[s].row * g.stride_h - g.pad_top + kh * g.dilation_h;
+        const bool inside = ih >= 0 && ih < g.height;
+        any |= inside;
+        mask[s] = SEGMENTS == 1 ? -1 : -static_cast<int64_t>(inside);
+        row[s] = inside ? segment[s].image + ih * g.row_stride : zeros;
+      }
+      if (!any) continue;
+#pragma GCC unroll 1
+      for (int kw = 0; kw < KW; ++kw) {
+        const int32_t begin = block_row.row_ptr[kh * KW + kw], end = block_row.row_ptr[kh * KW + kw + 1];
+        const int64_t iw = column * g.stride_w - g.pad_left + kw * g.dilation_w;
+        const bool left = iw < 0, right = iw + (SEGMENT - 1) * g.stride_w >= g.width;
+        const float* x[SEGMENTS];
+#pragma GCC unroll 32
+        for (int s = 0; s < SEGMENTS; ++s) x[s] = row[s] + (iw * g.pixel_stride & mask[s]);
+        if (BORDER == INSIDE || !(left || right)) {
+          multiply_tap<INSIDE>(acc, x, mask, block_row, begin, end);
+        } else if (BORDER & WIDE) {
+          const int64_t first = left ? (-iw + g.stride_w - 1) / g.stride_w : 0;
+          const int64_t last = (g.width - iw + g.stride_w - 1) / g.stride_w;
+          if (first < last && first < SEGMENT)
+            multiply_border_tap(acc, x, mask, first, last, zeros, block_row, begin, end);
+        } else if (SEGMENT > 1) {
+          if ((BORDER & LEFT) && left) multiply_tap<LEFT>(acc, x, mask, block_row, begin, end);
+          if ((BORDER & RIGHT) && right) multiply_tap<RIGHT>(acc, x, mask, block_row, begin, end);
+        }
+      }
+    }
+    finish(acc, out);
+  }
+};
 
 struct Range {
   int64_t begin, end;

@@ -1,0 +1,76 @@
+"""Inductor's pointwise epilogue on one register tile of a `[pixels, channels]` matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+
+from .inductor_api import FloorDiv, ModularIndexing, V, ir
+
+_COSTLY = ("erf", "exp", "tanh", "log", "sigmoid", "pow", "sin", "cos", "sqrt", " / ")
+"""Where an epilogue computes one of these, unrolling it over the tile costs code and gains nothing."""
+
+
+def unroll(code: str) -> str:
+    """Unrolls the loops over the tile, so that the C++ compiler can keep the tile in registers."""
+    if any(name in code for name in (*_COSTLY, "#pragma omp")):
+        return code
+    code = code.replace("#pragma GCC ivdep", "")
+    return re.sub(r"\bfor\s*\(int64_t x", r"\n#pragma GCC unroll 64\n\g<0>", code)
+
+
+def raw_output(out: Any) -> tuple[Any, Any]:
+    """The raw tile under a name of its own, and the node that copies it to the template's buffer.
+
+    The raw tile is never materialised: the kernel's local buffer stands for it.
+    """
+    raw = ir.Buffer(name=f"{out.get_name()}_raw", layout=out.get_layout())
+    data = ir.Pointwise(
+        device=out.get_device(),
+        dtype=out.get_dtype(),
+        inner_fn=raw.make_loader(),
+        ranges=out.get_size(),
+    )
+    return raw, ir.ComputedBuffer(name=out.get_name(), layout=out.get_layout(), data=data)
+
+
+def as_matrix(buffer: Any, pixels: Any, channels: Any) -> Any:
+    """A buffer that lies in memory as a contiguous matrix, viewed as that."""
+    layout = ir.FixedLayout(buffer.get_device(), buffer.get_dtype(), [pixels, channels], [channels, 1])
+    return ir.ReinterpretView(data=buffer, layout=layout)
+
+
+def reindexer(node: Any, pixels: Any, channels: Any) -> Callable[[Sequence[Any]], list[Any]]:
+    """Maps `[pixel, channel]` to the index of an epilogue node that lies in memory as that matrix."""
+    sizes, strides = node.get_size(), node.get_layout().stride
+    hints = V.graph.sizevars.optimization_hints(strides) if strides else ()
+    order = sorted((d for d in range(len(sizes)) if sizes[d] != 1), key=lambda d: -hints[d])
+    ordered = [sizes[d] for d in order]
+    # Where the node's dimensions split at the channels, no index needs a division by their number.
+    splits = (i for i in range(len(order) + 1) if sympy.prod(ordered[i:]) == channels)
+    split = next(splits, None)
+
+    def reindex(index: Sequence[Any]) -> list[Any]:
+        pixel, channel = index
+        if split is None:
+            parts = _unflatten(pixel * channels + channel, ordered)
+        else:
+            parts = _unflatten(pixel, ordered[:split]) + _unflatten(channel, ordered[split:])
+        result = [sympy.Integer(0)] * len(sizes)
+        for d, part in zip(order, parts, strict=True):
+            result[d] = part
+        return result
+
+    return reindex
+
+
+def _unflatten(index: Any, sizes: Sequence[Any]) -> list[Any]:
+    """The index into a contiguous array of these sizes."""
+    result = []
+    for i in range(len(sizes)):
+        inner = sympy.prod(sizes[i + 1 :])
+        result.append(FloorDiv(index, inner) if i == 0 else ModularIndexing(index, inner, sizes[i]))
+    return result
