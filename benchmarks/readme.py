@@ -1,0 +1,111 @@
+"""Puts the committed results into README.md: `python -m benchmarks.readme`, after `make bench`.
+
+Every measured figure of the README stands between `<!-- measured: NAME -->` and `<!-- end -->` and comes
+from here; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .timing import geometric_mean
+
+README = Path(__file__).parent.parent / "README.md"
+TITLES = {"resnet50": "ResNet-50", "vgg16": "VGG-16", "vit_b16": "ViT-B/16", "bert_base": "BERT-base"}
+_SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def layers(data: dict[str, Any]) -> str:
+    """Geometric means over ResNet-50's convolution shapes, ReLU fused."""
+    means = [s for s in data["summary"] if s["epilogue"] == "relu"]
+    densities = list(dict.fromkeys(s["density"] for s in means))
+    lines = [
+        _row("blocks", "batch", *(f"{d:.0%} kept" for d in densities)),
+        _row("---", *["--:"] * (1 + len(densities))),
+    ]
+    for block, batch in dict.fromkeys((s["block"], s["batch"]) for s in means):
+        line = {s["density"]: s["auto"] for s in means if (s["block"], s["batch"]) == (block, batch)}
+        lines.append(_row(block, batch, *(f"{line[d]:.2f}×" for d in densities)))
+    return "\n".join(lines)
+
+
+def models(data: dict[str, Any]) -> str:
+    """One row per network, mask and batch."""
+    lines = [
+        _row("network", "batch", "parameters kept", "fastest dense build", "ours", "speed-up"),
+        _row("---", *["--:"] * 5),
+    ]
+    for row in data["rows"]:
+        name = TITLES.get(row["model"], row["model"])
+        if row["keep"].startswith("DBSR"):
+            name += f", {row['keep']}"
+        dense = row["dense"][row["best_dense"]]["median_ms"]
+        times = f"{dense:.0f} ms", f"{row['ours']['median_ms']:.0f} ms"
+        lines.append(_row(name, row["batch"], f"{row['kept']:.0%}", *times, f"**{row['speedup']:.2f}×**"))
+    return "\n".join(lines)
+
+
+def compile_time(data: dict[str, Any]) -> str:
+    """Seconds to the first result, next to the two builds of Inductor."""
+    lines = [
+        _row("first result of", "backend", "cold caches", "warm caches"),
+        _row("---", "---", "--:", "--:"),
+    ]
+    for row in data["rows"]:
+        for backend, seconds in row["seconds"].items():
+            cells = (f"{seconds[state]:.1f} s" for state in ("cold", "warm"))
+            lines.append(_row(TITLES.get(row["model"], row["model"]), backend, *cells))
+    return "\n".join(lines)
+
+
+def linear(data: dict[str, Any]) -> str:
+    """BERT's linear layers against dense, and torch's own block-sparse product against dense."""
+    rows = [r for r in data["rows"] if r["shape"].startswith("linear") and r["block"] == "32x32"]
+    lines = [
+        _row("32x32 blocks, BERT's linear layers", "ours", "`torch.sparse_bsr`"),
+        _row("---", "--:", "--:"),
+    ]
+    for density in dict.fromkeys(r["density"] for r in rows if r["density"] < 1):
+        members = [r for r in rows if r["density"] == density]
+        ours = geometric_mean([r["speedup"]["auto"] for r in members])
+        theirs = geometric_mean([report.speedup(r["dense"], r["torch_bsr"]) for r in members])
+        lines.append(_row(f"{density:.0%} kept", f"{ours:.2f}×", f"{theirs:.2f}×"))
+    return "\n".join(lines)
+
+
+def machine(data: dict[str, Any]) -> str:
+    """What the figures were measured on."""
+    m = data["machine"]
+    return (
+        f"Measured on {m['threads']} threads of {m['cpu']}, {m['instruction_set']}, torch {m['torch']}, fp32."
+    )
+
+
+SECTIONS = {
+    "layers": (layers, "layers"),
+    "models": (models, "models"),
+    "linear": (linear, "layers"),
+    "compile_time": (compile_time, "compile_time"),
+    "machine": (machine, "layers"),
+}
+
+
+def fill(text: str, folder: Path = report.RESULTS) -> str:
+    """The README's text with every measured section written anew."""
+
+    def section(match: re.Match[str]) -> str:
+        render, name = SECTIONS[match[2]]
+        return f"{match[1]}{render(report.load(folder / f'{name}.json'))}\n{match[3]}"
+
+    return _SECTION.sub(section, text)
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))

@@ -1,0 +1,127 @@
+"""The tools that every benchmark stands on: turns, baselines, masks, ratios."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import baselines, layers, pictures, readme, report, shapes, timing, zoo
+
+
+def test_interleave_takes_turns_and_counts_rounds() -> None:
+    order: list[str] = []
+    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    times = timing.interleave(calls, budget=0, rounds=(4, 9), warmup=2)
+    assert order == ["a", "b"] * 6
+    assert [t.rounds for t in times.values()] == [4, 4]
+    assert all(0 <= t.minimum <= t.median for t in times.values())
+
+
+def test_fresh_code_is_the_same_function_with_another_code_object() -> None:
+    def add(x: int, step: int = 2) -> int:
+        return x + step
+
+    copy = timing.fresh_code(add)
+    assert copy(1) == 3
+    assert copy.__code__ is not add.__code__
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_every_dense_baseline_computes_the_layer(relu: bool) -> None:
+    torch.manual_seed(0)
+    shape = shapes.ConvShape(16, 9, 32, 3, 2)
+    layer = shape.layer().eval().to(memory_format=torch.channels_last)
+    x = shape.input(2)
+    with torch.no_grad():
+        expected = layer(x).relu() if relu else layer(x)
+        for name, call in baselines.dense_convolutions(layer, x, relu).items():
+            torch.testing.assert_close(call(), expected, msg=name)
+
+
+def test_torch_bsr_computes_the_layer() -> None:
+    torch.manual_seed(0)
+    layer = layers.sparse_copy(nn.Linear(64, 64), (16, 16), 0.5)
+    assert isinstance(layer, nn.Linear)
+    x = torch.randn(4, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(baselines.torch_bsr_linear(layer, x, (16, 16))(), layer(x))
+
+
+@pytest.mark.parametrize(("density", "blocks"), [(1.0, 8), (0.5, 4), (0.25, 2), (0.01, 1)])
+def test_random_mask_keeps_whole_blocks_on_all_taps(density: float, blocks: int) -> None:
+    mask = layers.random_mask(torch.empty(64, 32, 3, 3), (16, 16), density)
+    assert int(mask.sum()) == blocks * 16 * 16 * 9
+    assert bool((mask == mask[:, :, :1, :1]).all())
+
+
+def test_layer_shapes_are_those_of_resnet50() -> None:
+    """Every convolution of the network but the first, shortcuts and the few strided ones, is measured."""
+    model = zoo.resnet50().model
+    found = set()
+
+    def note(module: nn.Conv2d, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        geometry = (module.in_channels, args[0].shape[-1], module.out_channels)
+        found.add(shapes.ConvShape(*geometry, module.kernel_size[0], module.stride[0]))
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 224, 224))
+    assert set(shapes.CONVOLUTIONS) <= found
+    assert len(set(shapes.CONVOLUTIONS)) == 12
+
+
+def test_prune_to_fraction_leaves_that_share_of_all_parameters() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 128, 3), nn.Flatten(), nn.Linear(128, 64))
+    kept = zoo.prune_to_fraction(model, (16, 16), 0.6)
+    assert kept == pytest.approx(0.6, abs=0.02)
+    assert kept == pytest.approx(zoo.kept_parameters(model, (16, 16)))
+    assert bool(model[0].weight.ne(0).all())
+
+
+def test_speedup_is_against_the_fastest_dense_candidate() -> None:
+    dense = {"slow": {"median_ms": 8.0}, "fast": {"median_ms": 4.0}}
+    assert report.best(dense) == "fast"
+    assert report.speedup(dense, {"median_ms": 2.0}) == 2.0
+
+
+def _row(speedup: float, kept: float = 0.5, **other: object) -> dict[str, object]:
+    timings = {"median_ms": 1.0, "minimum_ms": 1.0}
+    row = {
+        "shape": "3x3 64->64 @56",
+        "batch": 8,
+        "block": "32x32",
+        "epilogue": "relu",
+        "density": 0.5,
+        "kept": kept,
+        "best_dense": "eager",
+        "dense": {"eager": timings},
+        "speedup": {"auto": speedup, "forced": speedup / 2},
+    }
+    return row | other
+
+
+def test_summary_is_the_geometric_mean_over_convolutions() -> None:
+    rows = [_row(1.0), _row(4.0, 0.25), _row(100.0, shape="linear 768->768 x128")]
+    (mean,) = pictures.summarize(rows)
+    assert mean["shapes"] == 2
+    assert mean["auto"] == pytest.approx(2.0)
+    assert mean["forced"] == pytest.approx(1.0)
+    assert mean["ideal"] == pytest.approx(8**0.5)
+    assert mean["worst_auto"] == 1.0
+
+
+def test_readme_sections_are_rewritten_from_results(tmp_path: Path) -> None:
+    rows = [_row(2.0)]
+    path = report.save("layers", rows, tmp_path, summary=pictures.summarize(rows))
+    assert json.loads(path.read_text())["machine"]["threads"] == torch.get_num_threads()
+    text = readme.fill("before\n<!-- measured: layers -->\nold 9.99×\n<!-- end -->\nafter", tmp_path)
+    assert "| 32x32 | 8 | 2.00× |" in text
+    assert "9.99" not in text
+    assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter")
+    assert readme.fill(text, tmp_path) == text

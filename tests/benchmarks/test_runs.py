@@ -1,0 +1,73 @@
+"""Each benchmark runs from end to end on a small case, and refuses to time a wrong result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import layers, models, pictures, shapes, zoo
+from benchmarks.ours import compile_layer
+
+BLOCK = (32, 32)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> object:
+    with torch.no_grad():
+        yield
+
+
+def test_layer_rows_hold_both_modes_and_their_errors(tmp_path: Path) -> None:
+    case = layers.Case(shapes.ConvShape(64, 14, 64, 3), 1, "32x32", "relu")
+    rows = list(layers.measure(case, (1.0, 0.5), budget=0))
+    assert [row["kept"] for row in rows] == [1.0, 0.5]
+    for row in rows:
+        assert set(row["speedup"]) == {"auto", "forced"}
+        assert set(row["dense"]) == {"eager", "onednn", "inductor"}
+        assert row["error"] < 1e-5
+    # A dense weight has no zero block: only when forced does it run on the sparse kernel.
+    assert rows[0]["kernel"] == "dense"
+    pictures.print_layers(rows)
+    pictures.draw_layers(rows, tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size > 1000
+
+
+def test_a_wrong_layer_is_not_timed() -> None:
+    layer = shapes.ConvShape(32, 7, 32, 1).layer().eval()
+    x = shapes.ConvShape(32, 7, 32, 1).input(1)
+    ours = compile_layer(layer, x, False, BLOCK)
+    wrong = replace(ours, calls={"auto": lambda: layer(x) * 1.001})
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        layers.check(wrong, layer, x, False)
+
+
+def _small() -> zoo.Network:
+    model = nn.Sequential(nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, 32)).eval()
+    return zoo.Network(model, model, lambda batch: torch.randn(batch, 32, 4, 4))
+
+
+def test_model_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(zoo.NETWORKS, "small", _small)
+    (row,) = models.measure("small", 2, ("0.5",), BLOCK, budget=0)
+    assert row["sparse_layers"] + row["dense_layers"] == 2
+    assert row["kept"] == pytest.approx(0.5, abs=0.01)
+    assert row["speedup"] > 0
+    models.print_models([row])
+    pictures.draw_models([row], tmp_path / "models.png")
+    assert (tmp_path / "models.png").exists()
+
+
+def test_a_wrong_model_is_not_timed() -> None:
+    network = _small()
+    x = network.input(2)
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        models.check(lambda x: network.model(x) * 1.01, network, x)
+
+
+def test_the_masks_of_dbsr_leave_the_published_shares_of_resnet50() -> None:
+    _, kept = models.pruned("resnet50", "DBSR-B", BLOCK)
+    assert kept == pytest.approx(13.36 / 25.56, abs=0.005)
