@@ -17,12 +17,24 @@ def find_zero_blocks(weight: Tensor, groups: int = 1) -> BlockPattern | None:
     best is the first in this order that stores at most 5 % more than the one that stores least: a mask of
     16x16 blocks has a few 32x32 zero blocks by chance, and has all its zeros again in 8x8 blocks.
     """
-    if weight.ne(0).all():
+    patterns = zero_block_patterns(weight, groups, candidates)
+    if not patterns:
         return None
-    out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
-    squares = [(bh, bw) for bh, bw in SQUARES if bh <= out_channels and bw <= in_channels]
-    shapes = [*squares, (1, in_channels), (out_channels, 1)]
-    patterns = [BlockPattern.from_weight(weight, block_shape, groups) for block_shape in shapes]
     least = min(pattern.kept_elements for pattern in patterns)
-    best = next(pattern for pattern in patterns if pattern.kept_elements <= SLACK * least)
-    return best if best.num_kept < best.kept.numel() else None
+    return next(pattern for pattern in patterns if pattern.kept_elements <= SLACK * least)
+
+
+def zero_block_patterns(
+    weight: Tensor, groups: int = 1, candidates: Sequence[BlockShape] = CANDIDATES
+) -> list[BlockPattern]:
+    """The patterns of `weight` `[O, C/groups, *kernel]` in those block shapes that show zero blocks.
+
+    Args:
+        candidates: block shapes; those larger than a group's weight are left out.
+    """
+    if weight.ne(0).all():
+        return []
+    out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
+    fitting = [(bh, bw) for bh, bw in candidates if bh <= out_channels and bw <= in_channels]
+    patterns = (BlockPattern.from_weight(weight, shape, groups) for shape in fitting)
+    return [pattern for pattern in patterns if pattern.num_kept < pattern.kept.numel()]

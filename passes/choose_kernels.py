@@ -16,8 +16,10 @@ from torch.fx import GraphModule
 from .. import cost
 from ..devices import DeviceSpec
 from ..errors import LayerError, PlanError
+from ..layers import swap_channels
 from ..pattern import BlockPattern, BlockShape
 from ..plan import DENSE, Decision, Plan, Site
+from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
 from .static_values import StaticValues
@@ -74,25 +76,8 @@ def find_patterns(
             f"{int((~torch.isfinite(weight)).sum())} NaN or infinite values",
             "Find where training diverged, or load a good checkpoint.",
         )
-    if call.transposed:
-        weight = canonical_transposed(weight, call.groups)
-    if weight.ne(0).all():
-        return []
-    out_group, in_group = site.out_channels // site.groups, site.in_channels // site.groups
-    found = []
-    for bh, bw in shapes:
-        if bh <= out_group and bw <= in_group:
-            pattern = BlockPattern.from_weight(weight, (bh, bw), site.groups)
-            if pattern.num_kept < pattern.kept.numel():
-                found.append(pattern)
-    return found
-
-
-def canonical_transposed(weight: Tensor, groups: int) -> Tensor:
-    """A transposed convolution's weight `[C, O/groups, *k]` as `[O, C/groups, *k]`."""
-    in_channels, out_group, *kernel = weight.shape
-    grouped = weight.reshape(groups, in_channels // groups, out_group, *kernel).transpose(1, 2)
-    return grouped.reshape(groups * out_group, in_channels // groups, *kernel)
+    canonical = swap_channels(weight, call.groups) if call.transposed else weight
+    return zero_block_patterns(canonical, site.groups, shapes)
 
 
 def _obey(decision: Decision, site: Site, weight: Tensor | None) -> Decision:
