@@ -122,15 +122,65 @@ class KernelVariant:
 
 
 def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
-    """`chunk`: pixel tiles that pass through all block rows together; `row_threads`: threads that share the
-    block rows of the same pixels (the others share the pixels)."""
+    """Candidate parameters of the CPU kernels, best guess first.
+
+    `chunk`: pixel tiles that pass through all block rows together. `row_threads`: threads that share the
+    block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
+    """
+    tile = register_tile(pattern.block_shape[0], device.vector_lanes, device.vector_registers)
+    if tile is None:
+        return []
+    pointwise = math.prod(pattern.kernel_size) == 1
+    best: Parameters = {"chunk": 1 if pointwise else 4}
+    most = cache_friendly_pixels(site, device)
+    if most < tile.pixels:
+        best["pixels"] = most
+    best["row_threads"] = row_threads = _row_threads(site, pattern, device, tile)
+    split = {"row_threads": device.threads if row_threads == 1 else 1}
+    others = ({"chunk": 4 if pointwise else 1}, {"chunk": 16}, split if device.threads > 1 else {})
+    return [best, *({**best, **other} for other in others if other)]
+
+
+def cache_friendly_pixels(site: Site, device: DeviceSpec) -> int:
+    """How many pixels can keep their current cache line in L1 at once.
+
+    Pixels that lie a large power of two apart share few sets of the cache; two ways are left for the
+    weights that stream through.
+    """
+    line_bytes, sets = 64, 64  # of every L1 whose index fits a 4 KiB page
+    ways = max(4, device.l1_bytes_per_thread // (line_bytes * sets))
+    step_bytes = 4 * pixel_step(site)
+    if step_bytes % line_bytes:
+        return sets * ways
+    return (sets // math.gcd(sets, step_bytes // line_bytes)) * (ways - 2)
+
+
+def pixel_step(site: Site) -> int:
+    """Floats between the input pixels of two neighbouring output pixels, channels last."""
+    return site.in_channels * (site.stride[-1] if site.stride else 1)
+
+
+def _row_threads(site: Site, pattern: BlockPattern, device: DeviceSpec, tile: RegisterTile) -> int:
+    """How many threads share block rows: minimises the work of the busiest thread.
+
+    Splitting pixels balances best and is the rule; few pixels leave threads idle, and weights beyond the
+    L2 cache are better read by one thread than by all.
+    """
     pixels = output_pixels(site)
-    few = pixels is not None and pixels <= 49 * device.threads
-    row_threads = device.threads if few else 1
-    chunk = 8 if math.prod(pattern.kernel_size) > 1 else 2
-    best: Parameters = {"chunk": chunk, "row_threads": row_threads}
-    other: Parameters = {"chunk": chunk, "row_threads": 1 if row_threads > 1 else device.threads}
-    return [best, {**best, "chunk": 4}, {**best, "chunk": 1}, other]
+    if pixels is None:
+        return 1
+    tiles = -(-pixels // tile.pixels)
+    cost = pattern.kept.sum((1, 2)).double() + 0.5
+    weight_bytes = 4 * pattern.num_kept * math.prod(pattern.block_shape)
+
+    def busiest(row_threads: int) -> float:
+        owner = ((cost.cumsum(0) - cost / 2) / cost.sum() * row_threads).floor()
+        rows = max(float(cost[owner == part].sum()) for part in range(row_threads))
+        streaming = 1.1 if weight_bytes / row_threads > device.l2_bytes_per_thread else 1.0
+        return -(-tiles // (device.threads // row_threads)) * rows * streaming
+
+    divisors = [n for n in range(1, device.threads + 1) if device.threads % n == 0]
+    return min(divisors, key=lambda n: (round(busiest(n), 3), n))
 
 
 def output_pixels(site: Site) -> int | None:
@@ -148,7 +198,7 @@ VARIANTS: dict[str, KernelVariant] = {
             name="cpu_f32",
             device="cpu",
             dtypes=("float32",),
-            ops=("linear", "conv2d"),
+            ops=("linear", "conv1d", "conv2d"),
             block_multiple=4,
         ),
     )
