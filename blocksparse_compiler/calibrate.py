@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from . import cost, disk_cache
-from .devices import DeviceSpec
+from . import cost, disk_cache, tune, variants
+from .devices import MIB, DeviceSpec
 from .errors import OptionError
 from .pattern import BlockPattern
 from .plan import DENSE, Site
@@ -30,8 +31,10 @@ log = logging.getLogger("blocksparse_compiler")
 KIND = "calibration"
 SECONDS = 1.2
 SOURCE = "measured on this machine"
-_PEAK_FRACTION = 0.98  # of the vector units' peak that torch's best dense layer is taken to reach
 _BLOCKS = (32, 16, 8)
+_EMPTY = "empty"
+
+_MAX_UNREST = 1.4  # median over minimum of a layer's times
 
 # Figures outside these factors of the defaults are taken for a disturbed measurement and cut off.
 _TRUST = 8.0
@@ -78,6 +81,23 @@ SPARSE_LAYERS: Mapping[str, Site] = {
 }
 
 
+# Layers that take no time but that of the call, by the figure they give.
+_CALLS: Mapping[str, Site] = {
+    "dense_conv_call_seconds": _conv(16, 1, 4),
+    "dense_linear_call_seconds": _linear(4, 16),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to measure, on one kernel."""
+
+    site: Site
+    pattern: BlockPattern | None = None
+    kernel: str = DENSE
+    config: Mapping[str, int | str] = field(default_factory=dict)
+
+
 # ---- entry points ------------------------------------------------------------------------------------
 
 
@@ -106,7 +126,7 @@ def calibrated(spec: DeviceSpec) -> DeviceSpec:
     try:
         return measure_host()
     except Exception as error:
-        log.warning("calibration failed (%s); planning with default figures for %s", error, spec.isa)
+        log.warning("not calibrated: %s. Planning with default figures for %s", error, spec.isa)
         return spec
 
 
@@ -116,22 +136,24 @@ def measure_host(*, thorough: bool = False, seconds: float = SECONDS) -> DeviceS
     Args:
         thorough: compile and measure our kernels too (nine C++ compilations).
         seconds: time to spend on measuring dense layers; as much again on ours.
+
+    Raises:
+        Busy: if the times vary too much to mean anything. Nothing is stored then.
     """
     spec = DeviceSpec.host()
-    figures: dict[str, Any] = {}
-    with _progress(
-        "measuring this machine, once" if not thorough else "measuring this machine and our kernels"
-    ):
-        figures = dense_figures(spec, seconds)
-        measured = spec.with_figures(SOURCE, **figures)
+    with _progress("measuring this machine and our kernels" if thorough else "measuring this machine, once"):
+        ours = sparse_layers(spec) if thorough else {}
+        dense = {name: Layer(site) for name, site in {**DENSE_LAYERS, **_CALLS}.items()}
+        times = _measure({**dense, **ours}, seconds)
+        measured = spec.with_figures(SOURCE, **_bandwidths(spec, seconds / 4), **dense_figures(spec, times))
         if thorough:
-            figures["efficiency"] = {**figures["efficiency"], **sparse_efficiencies(measured, seconds)}
-            measured = spec.with_figures(SOURCE, **figures)
-    measured.sources["efficiency"] = (
-        SOURCE if thorough else f"{SOURCE} (dense), {spec.sources['efficiency']} (ours)"
-    )
+            measured = with_sparse_efficiencies(measured, ours, times)
     disk_cache.store(KIND, _key(spec), {"thorough": thorough, "spec": measured.to_json()})
     return measured
+
+
+class Busy(RuntimeError):
+    """Something else used the machine meanwhile: the times mean nothing."""
 
 
 def stored_path() -> Path:
@@ -173,72 +195,85 @@ def _progress(text: str) -> Iterator[None]:
 # ---- dense layers and memory ---------------------------------------------------------------------------
 
 
-def dense_figures(spec: DeviceSpec, seconds: float) -> dict[str, Any]:
-    """Peak, dense efficiencies, call overheads and bandwidths of this machine, as `DeviceSpec` fields."""
-    layers = {**DENSE_LAYERS, "conv call": _conv(16, 1, 4), "linear call": _linear(4, 16)}
-    times = _measure({name: (site, None, DENSE, {}) for name, site in layers.items()}, _copies(spec), seconds)
-    figures: dict[str, Any] = {
-        "dense_conv_call_seconds": times["conv call"],
-        "dense_linear_call_seconds": times["linear call"],
-    }
-    for name, traffic in _levels(spec).items():
-        rate = 3 * traffic / times[name]  # read, fetch before write, write
-        figures[name] = rate / spec.threads if name.endswith("per_thread") else rate
-    figures["l3_bytes_per_second"] = min(
-        figures["l3_bytes_per_second"], spec.threads * figures["l2_bytes_per_second_per_thread"]
-    )
-    figures["dram_bytes_per_second"] = min(figures["dram_bytes_per_second"], figures["l3_bytes_per_second"])
-    figures = {key: _trusted(value, getattr(spec, key)) for key, value in figures.items()}
+def dense_figures(spec: DeviceSpec, times: Mapping[str, float]) -> dict[str, Any]:
+    """Peak, dense efficiencies and call overheads of this machine, as `DeviceSpec` fields.
+
+    The peak is the one at which torch's ungrouped convolutions reach the default fractions, so that the
+    default fractions of our kernels keep their ratio to it.
+    """
+    figures: dict[str, Any] = {name: _trusted(times[name], getattr(spec, name)) for name in _CALLS}
     rates = {}
     for name, site in DENSE_LAYERS.items():
-        overhead = figures["dense_linear_call_seconds" if site.op == "linear" else "dense_conv_call_seconds"]
-        record = cost.dense_cost(site, spec)
-        rates[name] = cost.value(record.flops) / max(times[name] - overhead, times[name] / 4)
-    peak = max(rates.values()) / _PEAK_FRACTION / spec.threads
+        overhead = figures[f"dense_{'linear' if site.op == 'linear' else 'conv'}_call_seconds"]
+        flops = cost.value(cost.dense_cost(site, spec).flops)
+        rates[name] = flops / max(times[name] - overhead, times[name] / 4)
+    convs = ("dense/spatial", "dense/pointwise")
+    peak = statistics.geometric_mean(rates[name] / spec.efficiency[name] for name in convs) / spec.threads
     peak = _trusted(peak, spec.peak_fp32_flops_per_second_per_thread)
     figures["peak_fp32_flops_per_second_per_thread"] = peak
     figures["efficiency"] = {name: _fraction(rate / peak / spec.threads) for name, rate in rates.items()}
     return figures
 
 
-def _levels(spec: DeviceSpec) -> dict[str, int]:
-    """Bytes of a buffer whose copy runs at the rate of each memory level."""
+def _bandwidths(spec: DeviceSpec, seconds: float) -> dict[str, float]:
+    """Bytes per second of each memory level; a farther level is never taken to be faster."""
     l2 = spec.threads * spec.l2_bytes_per_thread
-    return {
-        "l2_bytes_per_second_per_thread": l2 // 3,
-        "l3_bytes_per_second": max(2 * l2, spec.l3_bytes // 4),
-        "dram_bytes_per_second": min(4 * spec.l3_bytes, 256 * 2**20),
+    levels = {  # bytes of a buffer whose copy runs at the rate of the level, and copies to time at once
+        "l2_bytes_per_second_per_thread": (l2 // 4, 40),
+        "l3_bytes_per_second": (max(2 * l2, spec.l3_bytes // 8), 4),
+        "dram_bytes_per_second": (min(4 * spec.l3_bytes, 256 * MIB), 1),
     }
+    times = tune.interleave({name: _copy(*level) for name, level in levels.items()}, seconds)
+    rates, fastest = {}, float("inf")
+    for name, (size, repeats) in levels.items():
+        # A copy reads, fetches before it writes, and writes.
+        fastest = rate = min(fastest, 3 * size * repeats / times[name].median)
+        rates[name] = _trusted(
+            rate / spec.threads if name.endswith("per_thread") else rate, getattr(spec, name)
+        )
+    return rates
 
 
-def _copies(spec: DeviceSpec) -> dict[str, Callable[[], Any]]:
-    calls = {}
-    for name, size in _levels(spec).items():
-        source, target = torch.ones(size // 4), torch.zeros(size // 4)
-        calls[name] = lambda target=target, source=source: torch.add(source, 1.0, out=target)
-    return calls
+def _copy(size: int, repeats: int) -> Callable[[], None]:
+    source, target = torch.ones(size // 4), torch.zeros(size // 4)
+
+    def copy() -> None:
+        for _ in range(repeats):
+            torch.add(source, 1.0, out=target)
+
+    return copy
 
 
 # ---- our kernels ---------------------------------------------------------------------------------------
 
 
-def sparse_efficiencies(spec: DeviceSpec, seconds: float) -> dict[str, float]:
-    """`DeviceSpec.efficiency` entries of our kernels, for every kernel variant of the CPU."""
-    from .variants import VARIANTS
-
+def sparse_layers(spec: DeviceSpec) -> dict[str, Layer]:
+    """A layer for every `DeviceSpec.efficiency` entry of our CPU kernels."""
     layers = {}
-    for name, variant in VARIANTS.items():
+    for name, variant in variants.VARIANTS.items():
         for kind, site in SPARSE_LAYERS.items():
             for block in _BLOCKS:
                 pattern = checkerboard(site, block)
                 if variant.device == "cpu" and variant.unsupported(site, pattern) is None:
                     config = next(iter(variant.configs(site, pattern, spec)), {})
-                    layers[f"{name}/{block}x{block}/{kind}"] = (site, pattern, name, config)
-    times = _measure(layers, {}, seconds)
-    return {
-        label: fit_efficiency(site, pattern, spec, times[label])
-        for label, (site, pattern, _, _) in layers.items()
+                    layers[f"{name}/{block}x{block}/{kind}"] = Layer(site, pattern, name, config)
+    return layers
+
+
+def with_sparse_efficiencies(
+    spec: DeviceSpec, layers: Mapping[str, Layer], times: Mapping[str, float]
+) -> DeviceSpec:
+    """`spec` with the efficiencies that explain these times.
+
+    Where one is above 1, the peak was taken too low: all become fractions of a higher one.
+    """
+    ours = {
+        name: fit_efficiency(layer.site, layer.pattern, spec, times[name]) for name, layer in layers.items()
     }
+    scale = max(1.0, *ours.values())
+    peak = spec.peak_fp32_flops_per_second_per_thread * scale
+    everything = {name: _fraction(fraction / scale) for name, fraction in {**spec.efficiency, **ours}.items()}
+    return spec.with_figures(SOURCE, peak_fp32_flops_per_second_per_thread=peak, efficiency=everything)
 
 
 def checkerboard(site: Site, block: int) -> BlockPattern:
@@ -258,31 +293,25 @@ def fit_efficiency(site: Site, pattern: BlockPattern, spec: DeviceSpec, seconds:
     record = cost.sparse_cost(site, pattern, ideal)
     epilogue = cost.value(cost.epilogue_seconds(site, pattern.block_shape, spec))
     work = cost.value(record.compute_seconds) - epilogue
-    return _fraction(work / max(seconds - epilogue - cost.value(record.overhead_seconds), 1e-9))
+    exposed = (1 - cost.OVERLAP) * cost.value(record.memory_seconds)  # these layers are bound by compute
+    return max(work / max(seconds - epilogue - exposed - cost.value(record.overhead_seconds), 1e-9), 0.02)
 
 
 # ---- helpers -------------------------------------------------------------------------------------------
 
 
-def _measure(
-    layers: Mapping[str, tuple[Site, BlockPattern | None, str, Mapping[str, Any]]],
-    calls: Mapping[str, Callable[[], Any]],
-    seconds: float,
-) -> dict[str, float]:
-    """Shortest seconds of each layer, net of the cost of calling a compiled graph, and of each call."""
-    from . import tune
-
-    compiled = {}
-    for name, (site, pattern, kernel, config) in layers.items():
-        run, x = tune.compile_candidate(site, pattern, kernel, config)
-        compiled[name] = lambda run=run, x=x: run(x)
+def _measure(layers: Mapping[str, Layer], seconds: float) -> dict[str, float]:
+    """Median seconds of each layer, net of the cost of calling a compiled graph."""
+    calls: dict[str, Callable[[], Any]] = {_EMPTY: tune.call_cost()}
+    for name, layer in layers.items():
+        run, x = tune.compile_candidate(layer.site, layer.pattern, layer.kernel, layer.config)
+        calls[name] = lambda run=run, x=x: run(x)
     with torch.no_grad():
-        times = tune.interleave({**compiled, **calls, "empty": tune.call_cost()}, seconds)
-    empty = times["empty"].minimum
-    return {
-        name: max(times[name].minimum - (empty if name in layers else 0.0), 1e-7)
-        for name in (*layers, *calls)
-    }
+        times = tune.interleave(calls, seconds)
+    unrest = statistics.median(times[name].median / times[name].minimum for name in layers)
+    if unrest > _MAX_UNREST:
+        raise Busy(f"the machine is busy: times vary by {unrest:.1f}x")
+    return {name: max(times[name].median - times[_EMPTY].median, 1e-7) for name in layers}
 
 
 def _trusted(measured: float, default: float) -> float:

@@ -108,10 +108,14 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine again, and keep the figures for later plans. Let it be idle meanwhile."""
-    from .calibrate import measure_host, stored_path
+    from .calibrate import Busy, measure_host, stored_path
     from .tables import device_table
 
-    spec = measure_host(thorough=not quick)
+    try:
+        spec = measure_host(thorough=not quick)
+    except Busy as busy:
+        err.print(f"[red]not measured:[/] {busy}. Try again when it is idle.", highlight=False)
+        raise typer.Exit(1) from None
     if as_json:
         _print_json(spec.to_json())
     else:

@@ -3,9 +3,11 @@
 A cost is a small symbolic record: sympy expressions in the sizes that are unknown until run time. The
 time is a roofline with fixed terms,
 
-    seconds = max(flops / (peak * efficiency), bytes / bandwidth) + call overhead,
+    compute = flops / (peak * efficiency),  memory = bytes / bandwidth,
+    seconds = max(compute, memory) + (1 - OVERLAP) * min(compute, memory) + call overhead,
 
-after Williams, Waterman, Patterson, "Roofline" (CACM 52(4), 2009). The efficiency of a block-sparse
+after Williams, Waterman, Patterson, "Roofline" (CACM 52(4), 2009), with the part of the smaller roof that
+measurements show is not hidden. The efficiency of a block-sparse
 kernel depends on its block shape and on how well the layer fills register tiles and threads; a block row
 pays for its epilogue however few tiles it keeps.
 """
@@ -27,6 +29,9 @@ from .plan import DENSE, Decision, Site
 MARGIN = 0.95
 """A sparse kernel must be estimated below this fraction of the dense time to be chosen."""
 
+OVERLAP = 0.5
+"""Part of the smaller of compute and memory time that runs behind the larger; fitted to measurements."""
+
 DEFAULT_HINT = 8
 """Stands in for a symbolic size without a hint."""
 
@@ -34,7 +39,6 @@ FEW_ROWS = 32
 """Linear layers on fewer rows have a dense efficiency of their own."""
 
 _BYTES = 4
-_PAGE_BYTES = 4096
 _FUNCTIONS = {"floor", "ceiling", "Max", "Min", "Mod", "Piecewise"}
 
 Hints = Mapping[str, int]
@@ -62,12 +66,13 @@ class Cost:
 
     @property
     def seconds(self) -> sympy.Expr:
-        return sympy.Max(self.compute_seconds, self.memory_seconds) + self.overhead_seconds
+        roofs = (self.compute_seconds, self.memory_seconds)
+        return sympy.Max(*roofs) + (1 - OVERLAP) * sympy.Min(*roofs) + self.overhead_seconds
 
     def evaluate(self, hints: Hints | None = None) -> float:
         """Seconds for these sizes; `DEFAULT_HINT` for a symbol without a hint."""
-        roofs = (self.compute_seconds, self.memory_seconds)
-        return max(value(roof, hints) for roof in roofs) + value(self.overhead_seconds, hints)
+        low, high = sorted(value(roof, hints) for roof in (self.compute_seconds, self.memory_seconds))
+        return high + (1 - OVERLAP) * low + value(self.overhead_seconds, hints)
 
     def limit(self, hints: Hints | None = None) -> str:
         """What bounds the time: `"compute"`, `"memory"` or `"overhead"`."""
@@ -209,8 +214,7 @@ def sparse_cost(
     flops = 2 * _macs(site, kept)
     traffic = _activation_bytes(site) + _BYTES * sympy.sympify(kept)
     rate = device.peak_fp32_flops_per_second * efficiency(site, block, device, variant)
-    rate *= cache_conflict(site, block, device)
-    tile_pixels, _ = _register_tile(block, device)
+    tile_pixels, _ = _register_tile(site, block, device)
     # Either pixels or block rows are split over the threads, whichever divides better.
     chunks = sympy.ceiling(pixels / tile_pixels)
     turns = sympy.ceiling(chunks / device.threads) * device.threads / chunks
@@ -224,15 +228,15 @@ def sparse_cost(
     )
 
 
-def _register_tile(block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
-    """(pixels, vector lanes) that the inner loop of this block shape works on."""
+def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
+    """(pixels, vector lanes) that the inner loop works on."""
     tile = variants.register_tile(block[0], device.vector_lanes, device.vector_registers)
-    return (tile.pixels, tile.lanes) if tile else (1, 1)
+    return (min(tile.pixels, variants.cache_friendly_pixels(site, device)), tile.lanes) if tile else (1, 1)
 
 
 def epilogue_seconds(site: Site, block: BlockShape, device: DeviceSpec) -> sympy.Expr:
     """Time of bias, activation and stores, however many tiles are kept."""
-    vectors = positions(site) * -(-site.out_channels // _register_tile(block, device)[1])
+    vectors = positions(site) * -(-site.out_channels // _register_tile(site, block, device)[1])
     return vectors * device.epilogue_seconds_per_vector / device.threads
 
 
@@ -265,19 +269,6 @@ def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant:
         return table.get(f"{square}x{square}/{kind}", 0.3)
     # Narrower than a vector: lanes go unused in proportion.
     return table.get(f"8x8/{kind}", 0.3) * bh / 8
-
-
-def cache_conflict(site: Site, block_shape: BlockShape, device: DeviceSpec) -> float:
-    """Slow-down, in `(0, 1]`, of layers whose neighbouring pixels lie a power of two apart.
-
-    Addresses 4 KiB apart share a set of the L1 cache; once the pixels of a register tile are more than
-    the ways of their set, every load misses. The exponent is fitted to measurements.
-    """
-    stride = _BYTES * site.in_channels * (site.stride[-1] if site.stride else 1)
-    sets_apart = _PAGE_BYTES // math.gcd(stride, _PAGE_BYTES)
-    crowding = _register_tile(block_shape, device)[0] / sets_apart
-    ways = device.l1_bytes_per_thread / _PAGE_BYTES
-    return min(1.0, (ways / crowding) ** 1.4)
 
 
 def _row_skew(pattern: BlockPattern, device: DeviceSpec) -> float:

@@ -41,7 +41,7 @@ class DeviceSpec:
         efficiency: fraction of peak that kernels reach away from memory limits, by
             `"dense/<geometry>"` and `"<bh>x<bw>/<geometry>"` (optionally `"<variant>/<bh>x<bw>/…"`);
             see `cost.geometry` for the geometry names.
-        sources: where the figures come from, by field name.
+        sources: where the figures come from, by field name; `"efficiency <name>"` for single fractions.
     """
 
     name: str
@@ -97,8 +97,10 @@ class DeviceSpec:
 
     def with_figures(self, source: str, **figures: Any) -> DeviceSpec:
         """The same device with some figures replaced; `efficiency` is merged, `source` says whence."""
-        efficiency = {**self.efficiency, **figures.pop("efficiency", {})}
-        sources = {**self.sources, **dict.fromkeys(figures, source)}
+        fractions = figures.pop("efficiency", {})
+        efficiency = {**self.efficiency, **fractions}
+        names = (*figures, *(f"efficiency {name}" for name in fractions))
+        sources = {**self.sources, **dict.fromkeys(names, source)}
         return replace(self, efficiency=efficiency, sources=sources, **figures)
 
     @classmethod
@@ -199,12 +201,12 @@ _AVX512_2CORE = DeviceSpec(
     l2_bytes_per_thread=1 * MIB,
     l3_bytes=32 * MIB,
     l2_bytes_per_second_per_thread=120e9,
-    l3_bytes_per_second=90e9,
-    dram_bytes_per_second=48e9,
+    l3_bytes_per_second=220e9,
+    dram_bytes_per_second=60e9,
     dense_conv_call_seconds=22e-6,
     dense_linear_call_seconds=8e-6,
     sparse_call_seconds=3e-6,
-    epilogue_seconds_per_vector=0.5e-9,
+    epilogue_seconds_per_vector=0.7e-9,
     efficiency={**_EFFICIENCY, **_MKL_ON_AMD},
     sources=_sources(
         _MEASURED,

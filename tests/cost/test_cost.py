@@ -174,11 +174,6 @@ def test_inside_fraction_counts_taps_by_brute_force(kernel, stride, dilation, pa
     assert cost.inside_fraction(site) == pytest.approx(taps.mean().item() / kernel**2)
 
 
-def test_power_of_two_strides_crowd_the_cache():
-    even, odd = (cost.cache_conflict(linear_site(64, c), (16, 16), SPEC) for c in (2048, 2000))
-    assert odd == 1 and even < 0.5
-
-
 def test_limit_names_the_roof():
     assert cost.dense_cost(conv_site(), SPEC).limit() == "compute"
     assert cost.sparse_cost(conv_site(256, 64, 1, 56), (32, 32), SPEC, density=0.05).limit() == "memory"
