@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .pattern import BlockPattern, BlockShape
@@ -17,24 +19,23 @@ def find_zero_blocks(weight: Tensor, groups: int = 1) -> BlockPattern | None:
     best is the first in this order that stores at most 5 % more than the one that stores least: a mask of
     16x16 blocks has a few 32x32 zero blocks by chance, and has all its zeros again in 8x8 blocks.
     """
-    patterns = zero_block_patterns(weight, groups, candidates)
+    out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
+    shapes = (*SQUARES, (1, in_channels), (out_channels, 1))
+    patterns = zero_block_patterns(weight, groups, shapes)
     if not patterns:
         return None
     least = min(pattern.kept_elements for pattern in patterns)
     return next(pattern for pattern in patterns if pattern.kept_elements <= SLACK * least)
 
 
-def zero_block_patterns(
-    weight: Tensor, groups: int = 1, candidates: Sequence[BlockShape] = CANDIDATES
-) -> list[BlockPattern]:
-    """The patterns of `weight` `[O, C/groups, *kernel]` in those block shapes that show zero blocks.
+def zero_block_patterns(weight: Tensor, groups: int, shapes: Sequence[BlockShape]) -> list[BlockPattern]:
+    """The patterns of `weight` `[O, C/groups, *kernel]` in those of `shapes` that show zero blocks.
 
-    Args:
-        candidates: block shapes; those larger than a group's weight are left out.
+    Shapes larger than a group's weight are left out.
     """
     if weight.ne(0).all():
         return []
     out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
-    fitting = [(bh, bw) for bh, bw in candidates if bh <= out_channels and bw <= in_channels]
+    fitting = [(bh, bw) for bh, bw in shapes if bh <= out_channels and bw <= in_channels]
     patterns = (BlockPattern.from_weight(weight, shape, groups) for shape in fitting)
     return [pattern for pattern in patterns if pattern.num_kept < pattern.kept.numel()]
