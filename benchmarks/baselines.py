@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .timing import Call, fresh_code
+
+Layer = Callable[[Tensor], Tensor]
+Inputs = Sequence[Tensor]
 
 
 @contextmanager
@@ -19,52 +22,73 @@ def frozen_inductor(cpp_wrapper: bool) -> Iterator[None]:
         yield
 
 
-def compiled(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], dynamic: bool = False, **kwargs: Any) -> Callable[..., Any]:
     """`torch.compile` of a private copy of the function (see `fresh_code`)."""
 
     def call(*args: Any) -> Any:
         return function(*args)
 
-    return torch.compile(fresh_code(call), dynamic=False, **kwargs)
+    return torch.compile(fresh_code(call), dynamic=dynamic, **kwargs)
 
 
-def dense_convolutions(layer: nn.Conv2d, x: Tensor, relu: bool) -> dict[str, Call]:
+def repeated(layer: Layer) -> Callable[..., Any]:
+    """The layer on each of several inputs, in one call, as a network calls one layer after another."""
+
+    def forward(*inputs: Tensor) -> list[Tensor]:
+        return [layer(x) for x in inputs]
+
+    return forward
+
+
+def dense_convolutions(layer: nn.Conv2d, inputs: Inputs, relu: bool) -> dict[str, Call]:
     """Eager channels-last, the prepacked oneDNN operator, and frozen Inductor, as calls without arguments.
 
-    `x` is `[N, C, H, W]` in channels-last; the layer's weight must be channels-last already.
+    `inputs` are `[N, C, H, W]` in channels-last; the layer's weight must be channels-last already.
     """
     geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
-    packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, list(x.shape))
+    packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, list(inputs[0].shape))
     after = "relu" if relu else "none"
 
-    def eager() -> Tensor:
+    def eager(x: Tensor) -> Tensor:
         y = nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
         return torch.relu_(y) if relu else y
 
-    def prepacked() -> Tensor:
+    def prepacked(x: Tensor) -> Tensor:
         return torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *geometry, after, [], "")
 
+    return _dense_calls(eager, prepacked, with_relu(layer) if relu else layer, inputs)
+
+
+def dense_linears(layer: nn.Linear, inputs: Inputs) -> dict[str, Call]:
+    """The same three for a linear layer; `inputs` are `[rows, C]`."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, len(inputs[0]))
+
+    def prepacked(x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
+
+    return _dense_calls(layer, prepacked, layer, inputs)
+
+
+def _dense_calls(eager: Layer, prepacked: Layer, layer: Layer, inputs: Inputs) -> dict[str, Call]:
+    several = repeated(layer)
     with frozen_inductor(cpp_wrapper=True):
-        fast = compiled(with_relu(layer) if relu else layer)
-        fast(x)
-    return {"eager": eager, "onednn": prepacked, "inductor": lambda: fast(x)}
+        fast = compiled(several)
+        fast(*inputs)
+    return {
+        "eager": lambda: repeated(eager)(*inputs),
+        "onednn": lambda: repeated(prepacked)(*inputs),
+        "inductor": lambda: fast(*inputs),
+    }
 
 
-def dense_linears(layer: nn.Linear, x: Tensor) -> dict[str, Call]:
-    """Eager and frozen Inductor; `x` is `[rows, C]`."""
-    with frozen_inductor(cpp_wrapper=True):
-        fast = compiled(layer)
-        fast(x)
-    return {"eager": lambda: layer(x), "inductor": lambda: fast(x)}
-
-
-def torch_bsr_linear(layer: nn.Linear, x: Tensor, block_shape: tuple[int, int]) -> Call:
+def torch_bsr_linear(layer: nn.Linear, inputs: Inputs, block_shape: tuple[int, int]) -> Call:
     """torch's own block-sparse matrix product."""
     weight = layer.weight.detach().to_sparse_bsr(block_shape)
-    return lambda: nn.functional.linear(x, weight, layer.bias)
+    product = repeated(lambda x: nn.functional.linear(x, weight, layer.bias))
+    return lambda: product(*inputs)
 
 
-def with_relu(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+def with_relu(layer: Layer) -> Layer:
     def forward(x: Tensor) -> Tensor:
         return torch.relu(layer(x))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +25,15 @@ class Ours:
     density: float
 
 
-def compile_layer(layer: nn.Module, x: Tensor, relu: bool, block_shape: tuple[int, int]) -> Ours:
+def compile_layer(
+    layer: nn.Module, inputs: baselines.Inputs, relu: bool, block_shape: tuple[int, int]
+) -> Ours:
     """Compiles and calls once; `kernel` is what `auto` chose."""
-    function = baselines.with_relu(layer) if relu else layer
-    calls = {"auto": _call(function, x, {})}
-    (decision,) = newest_plan()
+    function = baselines.repeated(baselines.with_relu(layer) if relu else layer)
+    calls = {"auto": _call(function, inputs, {})}
+    decision = newest_plan().decisions[0]
     if decision.is_dense:
-        calls["forced"] = _call(function, x, {"dense": "never", "block_shape": block_shape})
+        calls["forced"] = _call(function, inputs, {"dense": "never", "block_shape": block_shape})
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return Ours(calls, decision.kernel, float(weight.ne(0).float().mean()))
@@ -40,9 +44,8 @@ def newest_plan() -> Plan:
     return compiled_graphs()[-1].plan
 
 
-def _call(function: object, x: Tensor, options: dict[str, object]) -> Call:
-    assert callable(function)
+def _call(function: Callable[..., Any], inputs: baselines.Inputs, options: dict[str, Any]) -> Call:
     fast = baselines.compiled(function, backend="blocksparse", options=options)
     with torch.no_grad():
-        fast(x)
-    return lambda: fast(x)
+        fast(*inputs)
+    return lambda: fast(*inputs)

@@ -23,7 +23,7 @@ def _inference() -> object:
 
 def test_layer_rows_hold_both_modes_and_their_errors(tmp_path: Path) -> None:
     case = layers.Case(shapes.ConvShape(64, 14, 64, 3), 1, "32x32", "relu")
-    rows = list(layers.measure(case, (1.0, 0.5), budget=0))
+    rows = list(layers.measure(case, (1.0, 0.5), budget=0, copies=2))
     assert [row["kept"] for row in rows] == [1.0, 0.5]
     for row in rows:
         assert set(row["speedup"]) == {"auto", "forced"}
@@ -39,8 +39,8 @@ def test_layer_rows_hold_both_modes_and_their_errors(tmp_path: Path) -> None:
 def test_a_wrong_layer_is_not_timed() -> None:
     layer = shapes.ConvShape(32, 7, 32, 1).layer().eval()
     x = shapes.ConvShape(32, 7, 32, 1).input(1)
-    ours = compile_layer(layer, x, False, BLOCK)
-    wrong = replace(ours, calls={"auto": lambda: layer(x) * 1.001})
+    ours = compile_layer(layer, [x], False, BLOCK)
+    wrong = replace(ours, calls={"auto": lambda: [layer(x) * 1.001]})
     with pytest.raises(RuntimeError, match="nothing was timed"):
         layers.check(wrong, layer, x, False)
 
