@@ -1,0 +1,70 @@
+"""The generated source of each layer, by compiling the model the way the backend does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .ops import pack_weight
+from .plan import Decision, Plan
+
+# What Inductor's Python output looks like: weights, kernels, calls of kernels.
+_CONSTANT = re.compile(r"^(\w+) = None  # .*?torch\.\w+ \(([\d, ]+)\) ", re.MULTILINE)
+_KERNEL = re.compile(r"^(\w+) = async_compile\.cpp_pybinding\(.*?, r?'''(.*?)'''\)", re.MULTILINE | re.DOTALL)
+_CALL = re.compile(r"^ +(\w+)\(((?:\w+, )*\w+)\)$", re.MULTILINE)
+
+Shape = tuple[int, ...]
+
+
+def kernel_sources(model: torch.nn.Module, inputs: tuple[Any, ...], plan: Plan) -> dict[str, str]:
+    """C++ source by layer name, for the layers of `plan` on a block-sparse kernel.
+
+    Layers of the same shape, pattern and epilogue share a source.
+    """
+    if all(decision.is_dense for decision in plan):
+        return {}
+    from .backend import blocksparse
+    from .codegen import inductor_api
+    from .trace import trace
+
+    graph = trace(model, *inputs)
+    with torch.no_grad(), inductor_api.tracing(None), inductor_api.capture_sources() as captured:
+        blocksparse(graph, list(_tensors(inputs)), options={"plan": plan})
+    return assign([d for d in plan if not d.is_dense], "\n".join(captured))
+
+
+def assign(decisions: Iterable[Decision], generated: str) -> dict[str, str]:
+    """Finds each layer's kernel in Inductor's output by the shapes of its packed weight, in graph order."""
+    shapes = {name: _sizes(sizes) for name, sizes in _CONSTANT.findall(generated)}
+    kernels = dict(_KERNEL.findall(generated))
+    calls = [
+        (kernels[name], {shapes[a] for a in arguments.split(", ") if a in shapes})
+        for name, arguments in _CALL.findall(generated)
+        if name in kernels
+    ]
+    found = {}
+    for decision in decisions:
+        wanted = _packed_shapes(decision)
+        match = next((call for call in calls if wanted <= call[1]), None)
+        if match is not None:
+            calls.remove(match)
+            found[decision.site.name] = match[0].strip()
+    return found
+
+
+def _packed_shapes(decision: Decision) -> set[Shape]:
+    """Shapes of the tiles and of the row pointer of a layer."""
+    assert decision.pattern is not None
+    packed = pack_weight(torch.zeros(decision.pattern.weight_shape), decision.pattern)
+    return {tuple(packed.values.shape), tuple(packed.row_ptr.shape)}
+
+
+def _sizes(text: str) -> Shape:
+    return tuple(int(size) for size in text.replace(" ", "").strip(",").split(","))
+
+
+def _tensors(inputs: Iterable[Any]) -> Iterable[torch.Tensor]:
+    return (leaf for leaf in torch.utils._pytree.tree_leaves(list(inputs)) if isinstance(leaf, torch.Tensor))
