@@ -90,7 +90,7 @@ class KeptTiles(nn.Module):
     pattern: BlockPattern
     values: nn.Parameter
     tile_index: Tensor
-    _memory_format: torch.memory_format
+    _channels_last: bool
 
     def __init__(self, *args: Any, pattern: BlockPattern, **kwargs: Any) -> None:
         nn.Module.__init__(self)
@@ -106,7 +106,7 @@ class KeptTiles(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight in the torch layer's own layout; differentiable with respect to `values`."""
         weight = layer_weight(scatter_tiles(self.values, self.pattern, self.tile_index), self)
-        return weight.contiguous(memory_format=self._memory_format)
+        return _restride(weight, self._channels_last)
 
     @weight.setter
     def weight(self, weight: Tensor) -> None:
@@ -234,7 +234,7 @@ def become_block_sparse(
     if not isinstance(layer, KeptTiles):
         layer.__class__ = FOLDED_TYPES[dense_type_of(layer)]  # type: ignore[assignment]
     assert isinstance(layer, KeptTiles)
-    layer._memory_format = _memory_format(old)
+    layer._channels_last = _is_channels_last(old)
     if values is None:
         values = nn.Parameter(gather_tiles(weight.detach(), pattern), requires_grad=old.requires_grad)
     layer.values = values
@@ -259,12 +259,24 @@ def dense_type_of(layer: nn.Module, name: str | None = None) -> type[nn.Module]:
     )
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    """Kept, because torch takes a convolution's output strides from its weight as well."""
-    for dim, format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if weight.dim() == dim and not weight.is_contiguous() and weight.is_contiguous(memory_format=format):
-            return format
-    return torch.contiguous_format
+def _is_channels_last(weight: Tensor) -> bool:
+    """By strides, as `is_contiguous` says yes to both formats for a 1x1 kernel."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if weight.dim() not in formats:
+        return False
+    like = torch.empty(weight.shape, device="meta", memory_format=formats[weight.dim()])
+    return weight.stride() == like.stride()
+
+
+def _restride(weight: Tensor, channels_last: bool) -> Tensor:
+    """The weight with the strides of its memory format, also where a dimension has size 1.
+
+    Torch takes the memory format of a convolution's output from the strides of its weight as well.
+    """
+    if channels_last:
+        weight = weight.movedim(1, -1)
+    weight = weight.reshape(-1).view(weight.shape)
+    return weight.movedim(-1, 1) if channels_last else weight
 
 
 def saved_pattern(

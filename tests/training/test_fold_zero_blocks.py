@@ -304,15 +304,20 @@ def test_device_moves():
     assert model(image().to("meta")).shape == (2, 10)
 
 
-def test_output_strides_are_those_of_the_dense_layer():
-    model = pruned_net().to(memory_format=torch.channels_last)
-    conv = model[3]
-    x = torch.randn(2, 16, 8, 8)
-    before = conv(x)
-    bsc.fold_zero_blocks(model)
-    assert isinstance(conv, BlockSparseConv2d)
-    assert conv(x).stride() == before.stride()
-    assert torch.equal(conv(x), before)
+@pytest.mark.parametrize("of_weight", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("of_input", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("kernel", "transposed"), [(1, False), (3, False), (1, True), (2, True)])
+def test_strides_are_those_of_the_dense_layer(kernel, transposed, of_weight, of_input):
+    make = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer = make(16, 8, kernel, groups=2).to(memory_format=of_weight)
+    bsc.prune_blocks(nn.Sequential(layer), (4, 4), 0.5)
+    dense = copy.deepcopy(layer)
+    bsc.fold_zero_blocks(nn.Sequential(layer))
+    assert isinstance(layer, KeptTiles)
+    assert layer.weight.stride() == dense.weight.stride()
+    x = torch.randn(2, 16, 8, 8).to(memory_format=of_input)
+    assert layer(x).stride() == dense(x).stride()
+    assert torch.equal(layer(x), dense(x))
 
 
 def test_all_blocks_dead():
