@@ -91,7 +91,7 @@ class Explanation:
         return self._html()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield plan_table(self.plan, title=self.title)
+        yield plan_table(self.plan, title=self.title, width=options.max_width)
 
     def __str__(self) -> str:
         return render_plan(self.plan, title=self.title, width=PLAIN_WIDTH)

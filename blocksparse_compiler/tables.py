@@ -74,21 +74,46 @@ def sparse_estimate(decision: Decision) -> float | None:
     return min(others, default=None)
 
 
-def plan_table(plan: Plan, *, title: str | None = None) -> RenderableType:
-    """One row per layer. `Console.print` it."""
+@dataclass(frozen=True)
+class _Column:
+    """A column of the plan's table, left out on terminals narrower than `needs`."""
+
+    name: str
+    needs: int = 0
+    right: bool = False
+    ratio: int | None = None
+
+
+_COLUMNS = (
+    _Column("layer", ratio=3),
+    _Column("op", needs=130),
+    _Column("shape", needs=90, ratio=3),
+    _Column("kept", needs=70, right=True),
+    _Column("block", needs=70, right=True),
+    _Column("kernel", needs=110, ratio=2),
+    _Column("dense", needs=130, right=True),
+    _Column("sparse", needs=130, right=True),
+    _Column("gain", needs=110, right=True),
+    _Column("why", ratio=6),
+)
+
+
+def plan_table(plan: Plan, *, title: str | None = None, width: int = PLAIN_WIDTH) -> RenderableType:
+    """One row per layer, with the columns that `width` characters have room for. `Console.print` it."""
     table = Table(title=title, title_justify="left", caption=str(Totals.of(plan)), caption_justify="left")
-    table.add_column("layer", overflow="fold", ratio=3)
-    table.add_column("op", no_wrap=True)
-    table.add_column("shape", overflow="fold", ratio=3)
-    table.add_column("kept", justify="right", no_wrap=True)
-    table.add_column("block", justify="right", no_wrap=True)
-    table.add_column("kernel", overflow="fold", ratio=2)
-    for column in ("dense", "sparse"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("gain", justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold", ratio=6)
+    shown = [column for column in _COLUMNS if column.needs <= width]
+    for column in shown:
+        table.add_column(
+            column.name,
+            justify="right" if column.right else "left",
+            ratio=column.ratio,
+            overflow="fold",
+            no_wrap=column.ratio is None,
+        )
     for decision in plan:
-        table.add_row(*(Text(cell) for cell in _row(decision)), style="" if not decision.is_dense else "dim")
+        cells = dict(zip((column.name for column in _COLUMNS), _row(decision), strict=True))
+        style = "dim" if decision.is_dense else ""
+        table.add_row(*(Text(cells[column.name]) for column in shown), style=style)
     return table
 
 
@@ -96,7 +121,7 @@ def render_plan(plan: Plan, *, title: str | None = None, width: int = PLAIN_WIDT
     """`plan_table` as plain text of at most `width` columns."""
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
-        console.print(plan_table(plan, title=title))
+        console.print(plan_table(plan, title=title, width=width))
     return capture.get().rstrip("\n")
 
 
