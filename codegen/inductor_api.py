@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._inductor
@@ -39,7 +41,28 @@ def compile_fx(gm: GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]
     """Inductor's compiler on a Dynamo-level graph, under these options."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
-    return inductor_compile_fx(gm, list(inputs), config_patches=dict(config))
+    with _best_linear_library():
+        return inductor_compile_fx(gm, list(inputs), config_patches=dict(config))
+
+
+def _best_linear_library() -> contextlib.AbstractContextManager[Any]:
+    """Has Inductor prepack frozen fp32 linear layers with oneDNN where MKL is slow.
+
+    Inductor takes MKL's packed product for static batch sizes, and oneDNN's for symbolic ones. On CPUs
+    that are not Intel's, MKL runs at less than half of oneDNN's rate (measured on Zen 5: 210 against
+    500 GFLOP/s).
+    """
+    if not _mkl_is_slow():
+        return contextlib.nullcontext()
+    return mock.patch.object(torch.ops.mkldnn, "_is_mkldnn_acl_supported", lambda: True)
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def is_static_input(value: Any) -> bool:

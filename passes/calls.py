@@ -139,9 +139,17 @@ def layer_name(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return node.name
-    path = next(reversed(stack.values()))[0]
-    path = re.sub(r"^L\['(self|fn)'\]", "", path)  # the compiled module itself, as Dynamo calls it
-    return re.sub(r"L\['(\w+)'\]", r"\1", path).strip(".") or node.name
+    return module_path(next(reversed(stack.values()))[0]) or node.name
+
+
+def module_path(source: str) -> str:
+    """The qualified name in Dynamo's expression for a module, whatever variable it was reached through.
+
+    `L['self'].layer1.0.conv`, `L['function'].__closure__[0].cell_contents.layer1.0.conv` → `layer1.0.conv`
+    """
+    path = re.sub(r"_modules\['(\w+)'\]", r"\1", source)
+    path = re.sub(r"^.*cell_contents", "", path)
+    return re.sub(r"^[LG]\['\w+'\]", "", path).strip(".")
 
 
 def _bind(node: Node, names: Sequence[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ..errors import PlanError
 from ..ops import pack_weight
-from ..plan import Decision, Plan
+from ..plan import Decision, Plan, Site
 from ..variants import KernelConfig
 from .calls import LayerCall, layer_call, tensor_meta
 from .static_values import StaticValues, erase_unused, set_constant
@@ -52,13 +52,14 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
     assert pattern is not None
     packed = pack_weight(values.get(call.weight), pattern)
     kernel = KernelConfig(decision.kernel, dict(decision.config)).encode(pattern)
+    bias = call.bias if _is_per_channel(call.bias, site) else None
     with gm.graph.inserting_before(call.node):
         operands = (
             call.input,
             set_constant(gm, "tiles", packed.values),
             set_constant(gm, "row_ptr", packed.row_ptr),
             set_constant(gm, "channel_offset", packed.channel_offset),
-            call.bias,
+            bias,
             site.out_channels,
         )
         if not call.spatial_dims:
@@ -70,10 +71,18 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
             new = gm.graph.call_function(
                 torch.ops.blocksparse.conv.default, (*operands, *geometry, last, kernel)
             )
+        if bias is not call.bias:
+            new = gm.graph.call_function(torch.add, (new, call.bias))
     new.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(new)
     gm.graph.erase_node(call.node)
     erase_unused(gm, [call.weight])
+
+
+def _is_per_channel(bias: Node | None, site: Site) -> bool:
+    """Whether the kernel can add the bias: linear layers also broadcast other shapes."""
+    value = tensor_meta(bias) if bias is not None else None
+    return value is not None and tuple(value.shape) == (site.out_channels,)
 
 
 def _is_channels_last(node: Node) -> bool:

@@ -13,15 +13,23 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._python_dispatch import TorchDispatchMode
 
-_RANDOM = ("rand", "bernoulli", "dropout", "multinomial", "normal_", "uniform", "poisson")
-
-
-_IN_PLACE_FUNCTIONS = {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "ior", "iand", "ixor"}
+from .calls import tensor_meta
+from .writes import written_nodes, written_operands
 
 
 class NotStatic(Exception):
-    """The node depends on an input, on randomness or on an op with side effects."""
+    """The node depends on an input, on randomness or on memory that the graph writes to."""
+
+
+class _Deterministic(TorchDispatchMode):
+    """Stops at operators that draw random numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotStatic
+        return func(*args, **(kwargs or {}))
 
 
 class StaticValues:
@@ -33,6 +41,7 @@ class StaticValues:
     def __init__(self, gm: GraphModule) -> None:
         self._gm = gm
         self._values: dict[Node, Any] = {}
+        self._written = written_nodes(gm)
 
     def get(self, node: Any) -> Any | None:
         """The node's value, or None if it is not static (an argument that is None is None as well)."""
@@ -53,13 +62,13 @@ class StaticValues:
             if node in self._values:
                 stack.pop()
                 continue
-            if not is_pure(node):
+            if not is_pure(node) or node in self._written:
                 raise NotStatic
             missing = [n for n in node.all_input_nodes if n not in self._values]
             if missing:
                 stack.extend(missing)
                 continue
-            self._values[node] = self._run(node)
+            self._values[node] = self._checked(node, self._run(node))
             stack.pop()
         return self._values[root]
 
@@ -69,29 +78,24 @@ class StaticValues:
             return value.detach() if isinstance(value, torch.Tensor) else value
         args = map_arg(node.args, lambda n: self._values[n])
         kwargs = map_arg(node.kwargs, lambda n: self._values[n])
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)
+        with _Deterministic():
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)
+
+    def _checked(self, node: Node, value: Any) -> Any:
+        # The surroundings of a call, such as autocast, are not part of its node.
+        traced = tensor_meta(node)
+        if isinstance(value, torch.Tensor) and traced is not None and value.dtype != traced.dtype:
+            raise NotStatic
+        return value
 
 
 def is_pure(node: Node) -> bool:
-    """Whether `node` is an attribute, or a call that neither writes to its operands nor draws numbers."""
-    if node.op == "get_attr":
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    return not writes_operand(node) and not any(word in name for word in _RANDOM)
-
-
-def writes_operand(node: Node) -> bool:
-    """Whether `node` writes to its first operand or to `out=`."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    stem = name.split(".")[0]
-    in_place = stem.endswith("_") and not stem.endswith("__")
-    return in_place or stem in _IN_PLACE_FUNCTIONS or isinstance(node.kwargs.get("out"), Node)
+    """Whether `node` is an attribute, or a call that does not write to its operands."""
+    return node.op == "get_attr" or (
+        node.op in ("call_function", "call_method") and not written_operands(node)
+    )
 
 
 def erase_unused(gm: GraphModule, operands: Iterable[Node | None]) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from blocksparse_compiler.passes import find_sites
+from blocksparse_compiler.passes.calls import module_path
 from blocksparse_compiler.trace import trace
 
 
@@ -117,3 +118,16 @@ def test_functional_layers_with_keyword_arguments():
 
 def test_an_unbatched_convolution_is_not_a_site():
     assert find_sites(trace(nn.Sequential(nn.Conv2d(4, 8, 3)), torch.randn(4, 9, 9))) == ()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("L['self'].layer1.0.conv", "layer1.0.conv"),
+        ("L['function'].__closure__[0].cell_contents.layer1.0.conv", "layer1.0.conv"),
+        ("L['model']._modules['head']", "head"),
+        ("layer1.0.conv", "layer1.0.conv"),
+    ],
+)
+def test_module_paths(source, name):
+    assert module_path(source) == name
