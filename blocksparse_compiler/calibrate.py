@@ -11,6 +11,7 @@ import logging
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,15 +30,17 @@ from .plan import DENSE, Site
 log = logging.getLogger("blocksparse_compiler")
 
 KIND = "calibration"
-SECONDS = 1.2
 SOURCE = "measured on this machine"
 _BLOCKS = (32, 16, 8)
 _EMPTY = "empty"
 
+SECONDS = 0.6
 _MAX_UNREST = 1.4  # median over minimum of a layer's times
+_MAX_OTHERS = 0.1  # processors' time that other processes may take meanwhile
 
 # Figures outside these factors of the defaults are taken for a disturbed measurement and cut off.
-_TRUST = 8.0
+_TRUST = 4.0
+_TRUST_BANDWIDTH = 2.5
 
 
 # ---- what is measured --------------------------------------------------------------------------------
@@ -223,7 +226,8 @@ def _bandwidths(spec: DeviceSpec, seconds: float) -> dict[str, float]:
         "l3_bytes_per_second": (max(2 * l2, spec.l3_bytes // 8), 4),
         "dram_bytes_per_second": (min(4 * spec.l3_bytes, 256 * MIB), 1),
     }
-    times = tune.interleave({name: _copy(*level) for name, level in levels.items()}, seconds)
+    with _alone():
+        times = tune.interleave({name: _copy(*level) for name, level in levels.items()}, seconds)
     rates, fastest = {}, float("inf")
     for name, (size, repeats) in levels.items():
         # A copy reads, fetches before it writes, and writes.
@@ -306,7 +310,7 @@ def _measure(layers: Mapping[str, Layer], seconds: float) -> dict[str, float]:
     for name, layer in layers.items():
         run, x = tune.compile_candidate(layer.site, layer.pattern, layer.kernel, layer.config)
         calls[name] = lambda run=run, x=x: run(x)
-    with torch.no_grad():
+    with torch.no_grad(), _alone():
         times = tune.interleave(calls, seconds)
     unrest = statistics.median(times[name].median / times[name].minimum for name in layers)
     if unrest > _MAX_UNREST:
@@ -314,8 +318,28 @@ def _measure(layers: Mapping[str, Layer], seconds: float) -> dict[str, float]:
     return {name: max(times[name].median - times[_EMPTY].median, 1e-7) for name in layers}
 
 
-def _trusted(measured: float, default: float) -> float:
-    return min(max(measured, default / _TRUST), default * _TRUST)
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Raises `Busy` afterwards if other processes took much of the processors' time (known on Linux)."""
+    start, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+    yield
+    wall = (time.perf_counter() - start) * (os.cpu_count() or 1)
+    others = (_busy_seconds() - busy) - (time.process_time() - own)
+    if others > _MAX_OTHERS * wall:
+        raise Busy(f"the machine is busy: other processes took {others / wall:.0%} of its time")
+
+
+def _busy_seconds(stat: Path = Path("/proc/stat")) -> float:
+    """Time that all processors have worked since they started; 0 where that is not known."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split()[1:11])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _trusted(measured: float, default: float, factor: float = _TRUST) -> float:
+    return min(max(measured, default / factor), default * factor)
 
 
 def _fraction(measured: float) -> float:

@@ -415,6 +415,8 @@ def _why_dense(site: Site, best: Candidate, device: DeviceSpec, hints: Hints | N
     pattern = best.pattern
     limit = break_even_density(site, pattern.block_shape, device, variant=best.variant, hints=hints)
     if limit < 0.01:
+        if dense_cost(site, device).limit(hints) == "memory":
+            return "stays dense: bound by reading and writing activations, which no zero block spares"
         return "stays dense: too little work at this size for any sparse kernel to pay"
     if pattern.density < limit:
         return f"stays dense: the {_kept(pattern)} kept are too uneven over the output channels to pay"

@@ -158,3 +158,31 @@ def test_measuring_stores_what_it_found(monkeypatch, folder):
     assert found.dense_conv_call_seconds == pytest.approx(truth.dense_conv_call_seconds)
     (file,) = folder.iterdir()
     assert DeviceSpec.from_json(json.loads(file.read_text())["value"]["spec"]) == found == device(None)
+
+
+def test_processor_time_is_read_from_proc(tmp_path):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 20 30 9999 50 6 7 8 0 0\ncpu0 1 2 3 4\n")
+    ticks = calibrate.os.sysconf("SC_CLK_TCK")
+    assert calibrate._busy_seconds(stat) == pytest.approx((100 + 20 + 30 + 6 + 7 + 8) / ticks)
+    assert calibrate._busy_seconds(tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize("others", [0.0, 0.5])
+def test_other_processes_make_a_machine_busy(monkeypatch, others):
+    clock = iter([0.0, 10.0])
+    busy = iter([100.0, 100.0 + 8.0 + others * 10 * (calibrate.os.cpu_count() or 1)])
+    own = iter([3.0, 11.0])
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(calibrate.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(calibrate, "_busy_seconds", lambda: next(busy))
+
+    def measure():
+        with calibrate._alone():
+            pass
+
+    if others:
+        with pytest.raises(calibrate.Busy, match="50%"):
+            measure()
+    else:
+        measure()

@@ -258,6 +258,7 @@ GOLDEN = [
     ("no kernel", "stays dense: transposed convolutions have no block-sparse kernel yet"),
     ("unknown shape", "stays dense: its input shape is unknown"),
     ("tiny", "stays dense: too little work at this size for any sparse kernel to pay"),
+    ("memory", "stays dense: bound by reading and writing activations, which no zero block spares"),
     ("too full", "stays dense: 94% kept needs below 85% to pay at this size"),
     ("sparse", "26% of 32x32 tiles kept: 1.02 ms against 3.40 ms dense (3.3x)"),
     ("forced", "97% of 32x32 tiles kept: 3.67 ms against 3.40 ms dense (0.9x); dense is not allowed here"),
@@ -277,6 +278,12 @@ def _golden_case(name, spec):
         site = conv_site(input_shape=())
     if name == "tiny":
         site, kept = linear_site(32, 64, (1,)), 0.5
+    if name == "memory":
+        site, kept, spec = (
+            conv_site(512, 32, 1, 112),
+            0.5,
+            spec.with_figures("test", dram_bytes_per_second=3e9),
+        )
     if name in ("too full", "forced"):
         kept, options = (0.94, {}) if name == "too full" else (0.97, {"allow_dense": False})
     return cost.choose(site, [even_pattern(site, kept)], spec, **options)
