@@ -20,7 +20,7 @@ from .errors import BlockSparseError
 from .options import BackendOptions
 from .passes.lower_sites import remove_unused_constants
 from .passes.pipeline import PassContext, run_pipeline
-from .passes.static_values import writes_operand
+from .passes.writes import written_nodes
 from .plan import Plan
 from .planning import copy_graph
 from .progress import ProgressLine, progress_line
@@ -84,7 +84,7 @@ class CompiledGraph:
         self._options, self._config = options, config
         self._original = copy_graph(gm)
         self._fake_mode = inductor_api.current_fake_mode()
-        mutated = _mutated_inputs(gm)
+        mutated = written_nodes(gm)
         self._static: list[int] = []
         self._dynamic: list[int] = []
         for i, (node, value) in enumerate(
@@ -222,26 +222,3 @@ def _freeze_inputs(gm: GraphModule, values: dict[int, Tensor]) -> GraphModule:
     remove_unused_constants(gm)
     gm.recompile()
     return gm
-
-
-def _mutated_inputs(gm: GraphModule) -> set[Node]:
-    """Placeholders that the graph may write to, directly or through a view: these are never frozen."""
-    mutated: set[Node] = set()
-    for node in gm.graph.nodes:
-        if writes_operand(node):
-            for written in (*node.args[:1], node.kwargs.get("out")):
-                mutated.update(_root(written))
-        if node.target is torch.nn.functional.batch_norm and _bind_training(node):
-            mutated.update(n for n in node.all_input_nodes if n.op == "placeholder")
-    return mutated
-
-
-def _root(node: Any) -> list[Node]:
-    """The placeholder that `node` may be a view of: views take their base as first argument."""
-    while isinstance(node, Node) and node.op != "placeholder":
-        node = node.args[0] if node.args else None
-    return [node] if isinstance(node, Node) else []
-
-
-def _bind_training(node: Node) -> bool:
-    return bool(node.kwargs.get("training", node.args[5] if len(node.args) > 5 else False))
