@@ -60,7 +60,7 @@ def lower_linear(
     x: Any, values: Any, row_ptr: Any, channel_offset: Any, bias: Any, out_channels: int, kernel: str
 ) -> Any:
     weight = _Weight(values, row_ptr, channel_offset, bias, out_channels, kernel)
-    weight.check(x)
+    weight.check(x, -1)
     *rows, channels = x.get_size()
     pixels = as_int(sympy.prod(rows))
     x = _reshape(x, [pixels, channels])
@@ -84,7 +84,7 @@ def lower_conv(
     kernel: str,
 ) -> Any:
     weight = _Weight(values, row_ptr, channel_offset, bias, out_channels, kernel)
-    weight.check(x)
+    weight.check(x, 1)
     if len(kernel_size) == 1:
         # A 1-D convolution is a 2-D one on images of one row.
         n, channels, length = x.get_size()
@@ -143,20 +143,25 @@ class _Weight:
     def __init__(
         self, values: Any, row_ptr: Any, channel_offset: Any, bias: Any, out_channels: int, kernel: str
     ) -> None:
-        self.operands = [t for t in (values, row_ptr, channel_offset, bias) if t is not None]
+        self.operands = [values, row_ptr, channel_offset]
+        if bias is not None:
+            bias = ir.ExternKernel.require_contiguous(bias)
+            # The kernel gets the storage of a view.
+            offset = bias.get_layout().offset
+            self.operands.append(ir.ExternKernel.copy_input(bias) if offset != 0 else bias)
         self.out_channels = out_channels
         _, bw, bh = values.get_size()
         self.block_shape = (int(bh), int(bw))
         self.config = KernelConfig.decode(kernel)
 
-    def check(self, x: Any) -> None:
+    def check(self, x: Any, channel_dim: int) -> None:
         if self.config.variant not in VARIANTS:
             raise Unsupported(f"no kernel variant {self.config.variant!r}")
         if x.get_device().type != "cpu" or any(
             t.get_dtype() != torch.float32 for t in (x, self.operands[0], *self.operands[3:])
         ):
             raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
-        if not is_static(x.get_size()[1 if x.get_size() and len(x.get_size()) > 2 else -1]):
+        if not is_static(x.get_size()[channel_dim]):
             raise Unsupported("symbolic channels")
 
     def tile(self) -> RegisterTile:
