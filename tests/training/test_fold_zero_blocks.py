@@ -190,6 +190,14 @@ def test_a_weight_tied_to_an_embedding_stays_dense():
         bsc.fold_zero_blocks(model, include="1")
 
 
+def test_frozen_weights_stay_frozen():
+    model = pruned_net()
+    model[3].weight.requires_grad_(False)
+    bsc.fold_zero_blocks(model)
+    assert not model[3].values.requires_grad
+    assert model[8].values.requires_grad
+
+
 class Doubling(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -384,6 +392,16 @@ def test_a_checkpoint_brings_its_own_pattern(density, block, assign):
     assert torch.equal(other[8].weight, model[8].weight)
     other(image()).sum().backward()
     assert other[8].values.grad.shape == model[8].values.shape
+
+
+def test_a_gradient_of_the_old_pattern_does_not_outlive_it():
+    model = bsc.fold_zero_blocks(pruned_net(0.25))
+    other = bsc.fold_zero_blocks(pruned_net(0.5))
+    other(image()).sum().backward()
+    other.load_state_dict(model.state_dict())
+    assert other[3].values.grad is None
+    assert other[8].bias.grad is not None
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
 
 
 def test_loading_onto_the_meta_device():

@@ -237,6 +237,12 @@ def test_a_weight_tied_to_something_else_is_left_alone():
         bsc.insert_block_scales(model, (2, 2), include="2")
 
 
+def test_an_autoencoder_that_shares_its_weight_both_ways_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(8, 4, 3), nn.ConvTranspose2d(4, 8, 3), nn.Conv2d(8, 8, 1))
+    model[1].weight = model[0].weight
+    assert scaled_names(bsc.insert_block_scales(model, (2, 2))) == ["2"]
+
+
 def test_a_single_layer_as_the_model():
     layer = bsc.insert_block_scales(nn.Conv2d(4, 4, 3), (2, 2))
     assert block_scale_of(layer).scale.shape == (2, 2)
