@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .timing import Call, fresh_code
 
 Layer = Callable[[Tensor], Tensor]
-Inputs = Sequence[Tensor]
+Layers = Callable[[Tensor], list[Tensor]]
 
 
 @contextmanager
@@ -31,65 +31,68 @@ def compiled(function: Callable[..., Any], dynamic: bool = False, **kwargs: Any)
     return torch.compile(fresh_code(call), dynamic=dynamic, **kwargs)
 
 
-def repeated(layer: Layer) -> Callable[..., Any]:
-    """The layer on each of several inputs, in one call, as a network calls one layer after another."""
+def several(layers: Sequence[Layer]) -> Layers:
+    """Layers of one shape on the same input, in one call.
 
-    def forward(*inputs: Tensor) -> list[Tensor]:
-        return [layer(x) for x in inputs]
+    As in a network, the input is still in the cache, the weights are not, and the fixed cost of a call is
+    paid once for all layers.
+    """
+
+    def forward(x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in layers]
 
     return forward
 
 
-def dense_convolutions(layer: nn.Conv2d, inputs: Inputs, relu: bool) -> dict[str, Call]:
+def dense_convolutions(layers: Sequence[nn.Conv2d], x: Tensor, relu: bool) -> dict[str, Call]:
     """Eager channels-last, the prepacked oneDNN operator, and frozen Inductor, as calls without arguments.
 
-    `inputs` are `[N, C, H, W]` in channels-last; the layer's weight must be channels-last already.
+    `x` is `[N, C, H, W]` in channels-last; the layers' weights must be channels-last already.
     """
-    geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
-    packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, list(inputs[0].shape))
-    after = "relu" if relu else "none"
 
-    def eager(x: Tensor) -> Tensor:
-        y = nn.functional.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
-        return torch.relu_(y) if relu else y
+    def eager(layer: nn.Conv2d) -> Layer:
+        return with_relu(layer, torch.relu_) if relu else layer
 
-    def prepacked(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *geometry, after, [], "")
+    def prepacked(layer: nn.Conv2d) -> Layer:
+        geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(layer.weight, *geometry, list(x.shape))
+        after = ("relu" if relu else "none", [], "")
+        return lambda x: torch.ops.mkldnn._convolution_pointwise(x, packed, layer.bias, *geometry, *after)
 
-    return _dense_calls(eager, prepacked, with_relu(layer) if relu else layer, inputs)
-
-
-def dense_linears(layer: nn.Linear, inputs: Inputs) -> dict[str, Call]:
-    """The same three for a linear layer; `inputs` are `[rows, C]`."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, len(inputs[0]))
-
-    def prepacked(x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
-
-    return _dense_calls(layer, prepacked, layer, inputs)
+    builds = several([eager(n) for n in layers]), several([prepacked(n) for n in layers])
+    return _dense_calls(*builds, several([with_relu(n) if relu else n for n in layers]), x)
 
 
-def _dense_calls(eager: Layer, prepacked: Layer, layer: Layer, inputs: Inputs) -> dict[str, Call]:
-    several = repeated(layer)
+def dense_linears(layers: Sequence[nn.Linear], x: Tensor) -> dict[str, Call]:
+    """The same three for linear layers; `x` is `[rows, C]`."""
+
+    def prepacked(layer: nn.Linear) -> Layer:
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, len(x))
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, layer.bias, "none", [], "")
+
+    return _dense_calls(several(layers), several([prepacked(n) for n in layers]), several(layers), x)
+
+
+def _dense_calls(eager: Layers, prepacked: Layers, layers: Layers, x: Tensor) -> dict[str, Call]:
     with frozen_inductor(cpp_wrapper=True):
-        fast = compiled(several)
-        fast(*inputs)
-    return {
-        "eager": lambda: repeated(eager)(*inputs),
-        "onednn": lambda: repeated(prepacked)(*inputs),
-        "inductor": lambda: fast(*inputs),
-    }
+        fast = compiled(layers)
+        fast(x)
+    return {"eager": lambda: eager(x), "onednn": lambda: prepacked(x), "inductor": lambda: fast(x)}
 
 
-def torch_bsr_linear(layer: nn.Linear, inputs: Inputs, block_shape: tuple[int, int]) -> Call:
+def torch_bsr_linear(layers: Sequence[nn.Linear], x: Tensor, block_shape: tuple[int, int]) -> Call:
     """torch's own block-sparse matrix product."""
-    weight = layer.weight.detach().to_sparse_bsr(block_shape)
-    product = repeated(lambda x: nn.functional.linear(x, weight, layer.bias))
-    return lambda: product(*inputs)
+
+    def product(layer: nn.Linear) -> Layer:
+        weight = layer.weight.detach().to_sparse_bsr(block_shape)
+        return lambda x: nn.functional.linear(x, weight, layer.bias)
+
+    products = several([product(n) for n in layers])
+    return lambda: products(x)
 
 
-def with_relu(layer: Layer) -> Layer:
+def with_relu(layer: Layer, relu: Layer = torch.relu) -> Layer:
     def forward(x: Tensor) -> Tensor:
-        return torch.relu(layer(x))
+        return relu(layer(x))
 
     return forward

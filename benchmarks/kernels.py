@@ -147,7 +147,8 @@ def main(
                     print(f"{b} n{n} {s!s:24} {d:4} {text}", flush=True)
             for d in density:
                 print(
-                    f"{b} n{n} GEO {d}: best {geometric_mean(best[d]):.3f} first {geometric_mean(first[d]):.3f}"
+                    f"{b} n{n} GEO {d}: best {geometric_mean(best[d]):.3f} "
+                    f"first {geometric_mean(first[d]):.3f}"
                 )
 
 

@@ -1,8 +1,8 @@
-"""A layer compiled by this package, once as the cost model decides and once with the sparse kernel forced."""
+"""Layers compiled by this package, once as the cost model decides and once with the sparse kernel forced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +18,22 @@ from .timing import Call
 
 @dataclass(frozen=True)
 class Ours:
-    """Calls without arguments: `auto`, and `forced` where the cost model chose the dense layer."""
+    """Calls without arguments: `auto`, and `forced` where the cost model chose dense layers."""
 
     calls: dict[str, Call]
     kernel: str
     density: float
 
 
-def compile_layer(
-    layer: nn.Module, inputs: baselines.Inputs, relu: bool, block_shape: tuple[int, int]
-) -> Ours:
-    """Compiles and calls once; `kernel` is what `auto` chose."""
-    function = baselines.repeated(baselines.with_relu(layer) if relu else layer)
-    calls = {"auto": _call(function, inputs, {})}
-    decision = newest_plan().decisions[0]
-    if decision.is_dense:
-        calls["forced"] = _call(function, inputs, {"dense": "never", "block_shape": block_shape})
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return Ours(calls, decision.kernel, float(weight.ne(0).float().mean()))
+def compile_layers(layers: Sequence[nn.Module], x: Tensor, relu: bool, block_shape: tuple[int, int]) -> Ours:
+    """Compiles and calls once; `kernel` is what `auto` chose for the first."""
+    function = baselines.several([baselines.with_relu(n) if relu else n for n in layers])
+    calls = {"auto": _call(function, x, {})}
+    plan = newest_plan()
+    if any(decision.is_dense for decision in plan):
+        calls["forced"] = _call(function, x, {"dense": "never", "block_shape": block_shape})
+    weights = torch.stack([n.weight for n in layers])  # type: ignore[misc]
+    return Ours(calls, plan.decisions[0].kernel, float(weights.ne(0).float().mean()))
 
 
 def newest_plan() -> Plan:
@@ -44,8 +41,8 @@ def newest_plan() -> Plan:
     return compiled_graphs()[-1].plan
 
 
-def _call(function: Callable[..., Any], inputs: baselines.Inputs, options: dict[str, Any]) -> Call:
+def _call(function: baselines.Layers, x: Tensor, options: dict[str, Any]) -> Call:
     fast = baselines.compiled(function, backend="blocksparse", options=options)
     with torch.no_grad():
-        fast(*inputs)
-    return lambda: fast(*inputs)
+        fast(x)
+    return lambda: fast(x)

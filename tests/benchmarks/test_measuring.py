@@ -38,16 +38,16 @@ def test_every_dense_baseline_computes_the_layer(relu: bool) -> None:
     x = shape.input(2)
     with torch.no_grad():
         expected = layer(x).relu() if relu else layer(x)
-        for name, call in baselines.dense_convolutions(layer, [x], relu).items():
+        for name, call in baselines.dense_convolutions([layer], x, relu).items():
             torch.testing.assert_close(call(), [expected], msg=name)
 
 
 def test_every_dense_linear_baseline_computes_the_layer() -> None:
     torch.manual_seed(0)
-    layer, inputs = nn.Linear(64, 32), [torch.randn(8, 64), torch.randn(8, 64)]
+    linears, x = [nn.Linear(64, 32), nn.Linear(64, 32)], torch.randn(8, 64)
     with torch.no_grad():
-        expected = [layer(x) for x in inputs]
-        for name, call in baselines.dense_linears(layer, inputs).items():
+        expected = [layer(x) for layer in linears]
+        for name, call in baselines.dense_linears(linears, x).items():
             torch.testing.assert_close(call(), expected, msg=name)
 
 
@@ -57,7 +57,7 @@ def test_torch_bsr_computes_the_layer() -> None:
     assert isinstance(layer, nn.Linear)
     x = torch.randn(4, 64)
     with torch.no_grad():
-        torch.testing.assert_close(baselines.torch_bsr_linear(layer, [x], (16, 16))(), [layer(x)])
+        torch.testing.assert_close(baselines.torch_bsr_linear([layer], x, (16, 16))(), [layer(x)])
 
 
 @pytest.mark.parametrize(("density", "blocks"), [(1.0, 8), (0.5, 4), (0.25, 2), (0.01, 1)])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import layers, models, pictures, shapes, zoo
-from benchmarks.ours import compile_layer
+from benchmarks.ours import compile_layers
 
 BLOCK = (32, 32)
 
@@ -39,10 +39,10 @@ def test_layer_rows_hold_both_modes_and_their_errors(tmp_path: Path) -> None:
 def test_a_wrong_layer_is_not_timed() -> None:
     layer = shapes.ConvShape(32, 7, 32, 1).layer().eval()
     x = shapes.ConvShape(32, 7, 32, 1).input(1)
-    ours = compile_layer(layer, [x], False, BLOCK)
+    ours = compile_layers([layer], x, False, BLOCK)
     wrong = replace(ours, calls={"auto": lambda: [layer(x) * 1.001]})
     with pytest.raises(RuntimeError, match="nothing was timed"):
-        layers.check(wrong, layer, x, False)
+        layers.check(wrong, [layer], x, False)
 
 
 def _small() -> zoo.Network:
