@@ -168,15 +168,33 @@ _EFFICIENCY = {
     "dense/few_rows": 0.60,
     "dense/grouped": 0.40,
     "dense/depthwise": 0.35,
-    "32x32/spatial": 0.97,
+    "32x32/spatial": 0.99,
+    "32x32/pointwise": 0.96,
+    "32x32/linear": 0.96,
+    "16x16/spatial": 0.88,
+    "16x16/pointwise": 0.80,
+    "16x16/linear": 0.78,
+    "8x8/spatial": 0.45,
+    "8x8/pointwise": 0.43,
+    "8x8/linear": 0.41,
+}
+# The same, restricted to AVX2 (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2).
+_EFFICIENCY_AVX2 = {
+    "dense/spatial": 0.92,
+    "dense/pointwise": 0.98,
+    "dense/linear": 0.85,
+    "dense/few_rows": 0.50,
+    "dense/grouped": 0.38,
+    "dense/depthwise": 0.30,
+    "32x32/spatial": 0.80,
     "32x32/pointwise": 0.95,
-    "32x32/linear": 0.95,
-    "16x16/spatial": 0.78,
-    "16x16/pointwise": 0.72,
-    "16x16/linear": 0.72,
-    "8x8/spatial": 0.36,
-    "8x8/pointwise": 0.34,
-    "8x8/linear": 0.34,
+    "32x32/linear": 0.88,
+    "16x16/spatial": 0.82,
+    "16x16/pointwise": 0.87,
+    "16x16/linear": 0.86,
+    "8x8/spatial": 0.76,
+    "8x8/pointwise": 0.85,
+    "8x8/linear": 0.80,
 }
 # Where torch multiplies matrices by MKL, which has no AVX-512 path for AMD processors.
 _MKL_ON_AMD = {"dense/linear": 0.38, "dense/few_rows": 0.17}
@@ -219,50 +237,60 @@ _AVX512_2CORE = DeviceSpec(
     ),
 )
 
-# Two 512-bit FMA units at 2.6 GHz under AVX-512 load; 8 channels of DDR5-4800 at 70 %.
-_AVX512_16CORE = _AVX512_2CORE.with_figures(
-    _SPR,
-    name="avx512-16core",
-    threads=16,
-    peak_fp32_flops_per_second_per_thread=166e9,
-    l2_bytes_per_thread=2 * MIB,
-    l3_bytes=30 * MIB,
-    l2_bytes_per_second_per_thread=100e9,
-    l3_bytes_per_second=320e9,
-    dram_bytes_per_second=200e9,
-    efficiency=_EFFICIENCY,
+# Peak: two 512-bit FMA units at 2.6 GHz under AVX-512 load.
+_AVX512_16CORE = (
+    _AVX512_2CORE.with_figures(
+        _SPR,
+        name="avx512-16core",
+        threads=16,
+        peak_fp32_flops_per_second_per_thread=166e9,
+        l2_bytes_per_thread=2 * MIB,
+        l3_bytes=30 * MIB,
+        l2_bytes_per_second_per_thread=100e9,
+    )
+    .with_figures(
+        "assumed: 8 channels of DDR5-4800 at 70 %, a mesh half as fast again",
+        l3_bytes_per_second=320e9,
+        dram_bytes_per_second=200e9,
+    )
+    .with_figures(_MEASURED, efficiency=_EFFICIENCY)
 )
 
-# Two 256-bit FMA units at 3.6 GHz; 2 channels of DDR4-2666 at 75 %.
-_AVX2_4CORE = _AVX512_2CORE.with_figures(
-    _SKYLAKE,
-    name="avx2-4core",
-    isa="avx2",
-    threads=4,
-    vector_bits=256,
-    vector_registers=16,
-    peak_fp32_flops_per_second_per_thread=115e9,
-    l1_bytes_per_thread=32 * KIB,
-    l2_bytes_per_thread=256 * KIB,
-    l3_bytes=8 * MIB,
-    l2_bytes_per_second_per_thread=70e9,
-    l3_bytes_per_second=80e9,
-    dram_bytes_per_second=32e9,
-    efficiency={**_EFFICIENCY, "32x32/spatial": 0.80, "32x32/pointwise": 0.78, "32x32/linear": 0.75},
+# Peak: two 256-bit FMA units at 3.6 GHz.
+_AVX2_4CORE = (
+    _AVX512_2CORE.with_figures(
+        _SKYLAKE,
+        name="avx2-4core",
+        isa="avx2",
+        threads=4,
+        vector_bits=256,
+        vector_registers=16,
+        peak_fp32_flops_per_second_per_thread=115e9,
+        l1_bytes_per_thread=32 * KIB,
+        l2_bytes_per_thread=256 * KIB,
+        l3_bytes=8 * MIB,
+        l2_bytes_per_second_per_thread=70e9,
+    )
+    .with_figures(
+        "assumed: 2 channels of DDR4-2666 at 75 %, a ring two and a half times as fast",
+        l3_bytes_per_second=80e9,
+        dram_bytes_per_second=32e9,
+    )
+    .with_figures(f"{_MEASURED}, restricted to AVX2", efficiency=_EFFICIENCY_AVX2)
 )
 
-# 128-bit vectors, multiply and add apart, at 3 GHz: torch's fallback classes on any machine.
+# torch's fallback classes on any machine.
 _PORTABLE_2CORE = _AVX2_4CORE.with_figures(
     "assumed: 128-bit vectors at 3 GHz without fused multiply-add",
     name="portable-2core",
     isa="portable",
     threads=2,
-    vector_bits=256,
-    vector_registers=16,
     peak_fp32_flops_per_second_per_thread=24e9,
     l3_bytes_per_second=40e9,
     dram_bytes_per_second=20e9,
-    efficiency={"dense/spatial": 0.9, "32x32/spatial": 0.5, "32x32/pointwise": 0.5, "32x32/linear": 0.5},
+    efficiency={
+        f"{block}x{block}/{kind}": 0.5 for block in (32, 16, 8) for kind in ("spatial", "pointwise", "linear")
+    },
 )
 
 SPECS: dict[str, DeviceSpec] = {

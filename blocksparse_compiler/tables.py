@@ -184,9 +184,8 @@ def device_table(device: DeviceSpec) -> RenderableType:
     for name in NUMBERS:
         table.add_row(*_figure(name, getattr(device, name)), device.sources.get(name, ""))
     for kind, fraction in sorted(device.efficiency.items()):
-        table.add_row(
-            f"efficiency {kind}", f"{fraction:.2f}", "of peak", device.sources.get("efficiency", "")
-        )
+        source = device.sources.get(f"efficiency {kind}", device.sources.get("efficiency", ""))
+        table.add_row(f"efficiency {kind}", f"{fraction:.2f}", "of peak", source)
     return table
 
 

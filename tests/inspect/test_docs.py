@@ -1,0 +1,31 @@
+"""The examples of docs/explain.md run, in order."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).parents[2] / "docs" / "explain.md"
+
+
+def test_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), namespace)
+    assert len(blocks) > 5
+    assert "lines of C++" in capsys.readouterr().out
+    assert (tmp_path / "explanation.html").is_file()
+
+
+def test_reasons_in_the_page_are_the_ones_in_the_code():
+    """Each row of the table of reasons quotes a sentence that the cost model can give."""
+    code = (PAGE.parents[1] / "blocksparse_compiler" / "cost.py").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    sentences = [
+        row for row in rows if row not in ("reason", "---", "no kernel for …") and not row[0].isdigit()
+    ]
+    assert len(sentences) == 5
+    for sentence in sentences:
+        assert sentence.removeprefix("the tiles ") in code, sentence
