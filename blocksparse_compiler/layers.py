@@ -114,13 +114,10 @@ class KeptTiles(nn.Module):
         raise LayerError(type(self).__name__, "its kept tiles to be set", "a dense weight", fix)
 
     def _set_pattern(self, pattern: BlockPattern) -> None:
-        """Takes another pattern; the buffers that save it and scatter with it follow."""
-        device = self.values.device
+        """Takes another pattern; the index that `weight` scatters with follows."""
         self.pattern = pattern
-        self.register_buffer("kept", pattern.kept.to(device))
-        self.register_buffer("weight_shape", torch.tensor(pattern.weight_shape, device=device))
         index = pattern.kept.flatten().nonzero().squeeze(1)
-        self.register_buffer("tile_index", index.to(device), persistent=False)
+        self.register_buffer("tile_index", index.to(self.values.device), persistent=False)
 
     def reset_parameters(self) -> None:
         """Draws new values, as the dense layer would."""
@@ -137,6 +134,12 @@ class KeptTiles(nn.Module):
         bh, bw = self.block_shape
         tiles = f"block={bh}x{bw}, kept={self.pattern.num_kept}/{self.pattern.kept.numel()}"
         return f"{super().extra_repr()}, {tiles}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Writes the pattern too. It is no buffer: an average over models must not average it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "kept"] = self.pattern.kept.clone()
+        destination[prefix + "weight_shape"] = torch.tensor(self.pattern.weight_shape)
 
     def _load_from_state_dict(
         self,
@@ -165,6 +168,9 @@ class KeptTiles(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if strict:
+            missing_keys += [prefix + key for key in SAVED[1:] if key not in saved]
+        unexpected_keys[:] = [key for key in unexpected_keys if key.removeprefix(prefix) not in SAVED]
         self._set_pattern(self.pattern)
 
     def _resize(self, pattern: BlockPattern) -> None:

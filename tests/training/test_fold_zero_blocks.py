@@ -429,6 +429,25 @@ def test_a_checkpoint_that_does_not_fit_names_the_layer(wrong):
     assert torch.equal(model[3].weight, before[3].weight)
 
 
+def test_averages_over_models_leave_the_pattern_whole():
+    model = bsc.fold_zero_blocks(pruned_net())
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    for tensor in average.state_dict().values():
+        tensor.copy_(0.9 * tensor)  # as some averages do, on every entry
+    bsc.load_folded(small_net(), average.module.state_dict())
+    assert average.module[3].pattern == model[3].pattern
+
+
+def test_a_checkpoint_without_its_pattern_is_incomplete():
+    model = bsc.fold_zero_blocks(pruned_net())
+    saved = model.state_dict()
+    del saved["3.kept"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*3\.kept"):
+        model.load_state_dict(saved)
+
+
 def test_load_folded_into_a_dense_model():
     model = bsc.fold_zero_blocks(pruned_net())
     dense = small_net().eval()
