@@ -11,7 +11,6 @@ import logging
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import cost, disk_cache, tune, variants
+from . import cost, disk_cache, roofline, tune, variants
+from .busy import Busy, alone
 from .devices import MIB, DeviceSpec
 from .errors import OptionError
 from .pattern import BlockPattern
@@ -36,7 +36,6 @@ _EMPTY = "empty"
 
 SECONDS = 0.6
 _MAX_UNREST = 1.4  # median over minimum of a layer's times
-_MAX_OTHERS = 0.1  # processors' time that other processes may take meanwhile
 
 # Figures outside these factors of the defaults are taken for a disturbed measurement and cut off.
 _TRUST = 4.0
@@ -155,10 +154,6 @@ def measure_host(*, thorough: bool = False, seconds: float = SECONDS) -> DeviceS
     return measured
 
 
-class Busy(RuntimeError):
-    """Something else used the machine meanwhile: the times mean nothing."""
-
-
 def stored_path() -> Path:
     """Where this machine's figures are kept."""
     return disk_cache.cache_path(KIND, _key(DeviceSpec.host()))
@@ -226,7 +221,7 @@ def _bandwidths(spec: DeviceSpec, seconds: float) -> dict[str, float]:
         "l3_bytes_per_second": (max(2 * l2, spec.l3_bytes // 8), 4),
         "dram_bytes_per_second": (min(4 * spec.l3_bytes, 256 * MIB), 1),
     }
-    with _alone():
+    with alone():
         times = tune.interleave({name: _copy(*level) for name, level in levels.items()}, seconds)
     rates, fastest = {}, float("inf")
     for name, (size, repeats) in levels.items():
@@ -295,7 +290,7 @@ def fit_efficiency(site: Site, pattern: BlockPattern, spec: DeviceSpec, seconds:
     bh, bw = pattern.block_shape
     ideal = replace(spec, efficiency={**spec.efficiency, f"{bh}x{bw}/{kind}": 1.0})
     record = cost.sparse_cost(site, pattern, ideal)
-    epilogue = cost.value(cost.epilogue_seconds(site, pattern.block_shape, spec))
+    epilogue = cost.value(roofline.epilogue_seconds(site, pattern.block_shape, spec))
     work = cost.value(record.compute_seconds) - epilogue
     exposed = (1 - cost.OVERLAP) * cost.value(record.memory_seconds)  # these layers are bound by compute
     return max(work / max(seconds - epilogue - exposed - cost.value(record.overhead_seconds), 1e-9), 0.02)
@@ -310,32 +305,12 @@ def _measure(layers: Mapping[str, Layer], seconds: float) -> dict[str, float]:
     for name, layer in layers.items():
         run, x = tune.compile_candidate(layer.site, layer.pattern, layer.kernel, layer.config)
         calls[name] = lambda run=run, x=x: run(x)
-    with torch.no_grad(), _alone():
+    with torch.no_grad(), alone():
         times = tune.interleave(calls, seconds)
     unrest = statistics.median(times[name].median / times[name].minimum for name in layers)
     if unrest > _MAX_UNREST:
         raise Busy(f"the machine is busy: times vary by {unrest:.1f}x")
     return {name: max(times[name].median - times[_EMPTY].median, 1e-7) for name in layers}
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Raises `Busy` afterwards if other processes took much of the processors' time (known on Linux)."""
-    start, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
-    yield
-    wall = (time.perf_counter() - start) * (os.cpu_count() or 1)
-    others = (_busy_seconds() - busy) - (time.process_time() - own)
-    if others > _MAX_OTHERS * wall:
-        raise Busy(f"the machine is busy: other processes took {others / wall:.0%} of its time")
-
-
-def _busy_seconds(stat: Path = Path("/proc/stat")) -> float:
-    """Time that all processors have worked since they started; 0 where that is not known."""
-    try:
-        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split()[1:11])
-    except (OSError, ValueError):
-        return 0.0
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _trusted(measured: float, default: float, factor: float = _TRUST) -> float:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 
 import pytest
 from layer_cases import conv_site
 
-from blocksparse_compiler import calibrate, cost, disk_cache
+from blocksparse_compiler import busy, calibrate, cost, disk_cache
 from blocksparse_compiler.devices import DeviceSpec, device
 from blocksparse_compiler.errors import OptionError
 
@@ -163,22 +164,22 @@ def test_measuring_stores_what_it_found(monkeypatch, folder):
 def test_processor_time_is_read_from_proc(tmp_path):
     stat = tmp_path / "stat"
     stat.write_text("cpu  100 20 30 9999 50 6 7 8 0 0\ncpu0 1 2 3 4\n")
-    ticks = calibrate.os.sysconf("SC_CLK_TCK")
-    assert calibrate._busy_seconds(stat) == pytest.approx((100 + 20 + 30 + 6 + 7 + 8) / ticks)
-    assert calibrate._busy_seconds(tmp_path / "none") == 0
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert busy._busy_seconds(stat) == pytest.approx((100 + 20 + 30 + 6 + 7 + 8) / ticks)
+    assert busy._busy_seconds(tmp_path / "none") == 0
 
 
 @pytest.mark.parametrize("others", [0.0, 0.5])
 def test_other_processes_make_a_machine_busy(monkeypatch, others):
     clock = iter([0.0, 10.0])
-    busy = iter([100.0, 100.0 + 8.0 + others * 10 * (calibrate.os.cpu_count() or 1)])
+    clock_of_all = iter([100.0, 100.0 + 8.0 + others * 10 * (os.cpu_count() or 1)])
     own = iter([3.0, 11.0])
-    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(calibrate.time, "process_time", lambda: next(own))
-    monkeypatch.setattr(calibrate, "_busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(busy.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(busy.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(busy, "_busy_seconds", lambda: next(clock_of_all))
 
     def measure():
-        with calibrate._alone():
+        with busy.alone():
             pass
 
     if others:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import FIXED, AnyLayer, conv_site, even_pattern, linear_site
 
-from blocksparse_compiler import BlockPattern, cost
+from blocksparse_compiler import BlockPattern, cost, roofline
 from blocksparse_compiler.devices import SPECS
 
 SPEC = FIXED
@@ -171,7 +171,7 @@ def test_inside_fraction_counts_taps_by_brute_force(kernel, stride, dilation, pa
         padded, torch.ones(1, 1, kernel, kernel), stride=stride, dilation=dilation
     )
     assert tuple(taps.shape[2:]) == site.output_spatial
-    assert cost.inside_fraction(site) == pytest.approx(taps.mean().item() / kernel**2)
+    assert roofline.inside_fraction(site) == pytest.approx(taps.mean().item() / kernel**2)
 
 
 def test_limit_names_the_roof():
@@ -198,14 +198,14 @@ def test_one_heavy_row_costs_more_than_an_even_spread():
 def test_smaller_blocks_are_never_more_efficient(block):
     bh, bw = block
     site = conv_site()
-    smaller = cost.efficiency(site, (max(bh // 2, 1), max(bw // 2, 1)), SPEC)
-    assert 0 < smaller <= cost.efficiency(site, block, SPEC) <= 1
+    smaller = roofline.efficiency(site, (max(bh // 2, 1), max(bw // 2, 1)), SPEC)
+    assert 0 < smaller <= roofline.efficiency(site, block, SPEC) <= 1
 
 
 def test_figures_of_a_variant_come_first():
     spec = SPEC.with_figures("test", efficiency={"special/32x32/spatial": 0.123})
-    assert cost.efficiency(conv_site(), (32, 32), spec, "special") == 0.123
-    assert cost.efficiency(conv_site(), (32, 32), spec, "other") != 0.123
+    assert roofline.efficiency(conv_site(), (32, 32), spec, "special") == 0.123
+    assert roofline.efficiency(conv_site(), (32, 32), spec, "other") != 0.123
 
 
 # ---- the decision ----------------------------------------------------------------------------------

@@ -1,0 +1,274 @@
+"""What one way to run a layer costs: a small symbolic record.
+
+The sizes that are unknown until run time stay symbols. The time is a roofline with fixed terms,
+
+    compute = flops / (peak * efficiency),  memory = bytes / bandwidth,
+    seconds = max(compute, memory) + (1 - OVERLAP) * min(compute, memory) + call overhead,
+
+after Williams, Waterman, Patterson, "Roofline" (CACM 52(4), 2009), with the part of the smaller roof that
+measurements show is not hidden. The efficiency of a block-sparse kernel depends on its block shape and on
+how well the layer fills register tiles and threads; a block row pays for its epilogue however few tiles it
+keeps.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from . import variants
+from .devices import DeviceSpec
+from .pattern import BlockPattern, BlockShape
+from .plan import Site
+
+OVERLAP = 0.5
+"""Part of the smaller of compute and memory time that runs behind the larger; fitted to measurements."""
+
+DEFAULT_HINT = 8
+"""Stands in for a symbolic size without a hint."""
+
+FEW_ROWS = 32
+"""Linear layers on fewer rows have a dense efficiency of their own."""
+
+_BYTES = 4
+_FUNCTIONS = {"floor", "ceiling", "Max", "Min", "Mod", "Piecewise"}
+
+Hints = Mapping[str, int]
+
+
+# ---- the record ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one candidate needs; every field is a sympy expression in the layer's symbolic sizes.
+
+    Args:
+        flops: multiply and add count as two; kept tiles only.
+        bytes: compulsory traffic of input, weight and output.
+        compute_seconds, memory_seconds: the two roofs.
+        overhead_seconds: paid on top.
+    """
+
+    flops: sympy.Expr
+    bytes: sympy.Expr
+    compute_seconds: sympy.Expr
+    memory_seconds: sympy.Expr
+    overhead_seconds: sympy.Expr
+
+    @property
+    def seconds(self) -> sympy.Expr:
+        roofs = (self.compute_seconds, self.memory_seconds)
+        return sympy.Max(*roofs) + (1 - OVERLAP) * sympy.Min(*roofs) + self.overhead_seconds
+
+    def evaluate(self, hints: Hints | None = None) -> float:
+        """Seconds for these sizes; `DEFAULT_HINT` for a symbol without a hint."""
+        low, high = sorted(value(roof, hints) for roof in (self.compute_seconds, self.memory_seconds))
+        return high + (1 - OVERLAP) * low + value(self.overhead_seconds, hints)
+
+    def limit(self, hints: Hints | None = None) -> str:
+        """What bounds the time: `"compute"`, `"memory"` or `"overhead"`."""
+        parts = {
+            "compute": value(self.compute_seconds, hints),
+            "memory": value(self.memory_seconds, hints),
+            "overhead": value(self.overhead_seconds, hints),
+        }
+        return max(parts, key=parts.__getitem__)
+
+
+def symbolic(size: int | str) -> sympy.Expr:
+    """A size of a `Site` as a sympy expression over positive integer symbols."""
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    names = set(re.findall(r"[A-Za-z_]\w*", size)) - _FUNCTIONS
+    local = {name: sympy.Symbol(name, integer=True, positive=True) for name in names}
+    return sympy.sympify(size, locals=local)
+
+
+def value(expression: sympy.Expr, hints: Hints | None = None) -> float:
+    """The number an expression takes for these sizes."""
+    if expression.is_number:
+        return float(expression)
+    known = hints or {}
+    return float(expression.subs({s: known.get(s.name, DEFAULT_HINT) for s in expression.free_symbols}))
+
+
+# ---- geometry --------------------------------------------------------------------------------------
+
+
+def geometry(site: Site) -> str:
+    """The class of a layer: `"linear"`, `"pointwise"`, `"spatial"`, `"grouped"` or `"depthwise"`.
+
+    Groups of at least 16 channels each run like ungrouped layers, in torch too.
+    """
+    narrow = min(site.in_channels, site.out_channels) // site.groups
+    if site.groups > 1 and narrow < 16:
+        return "depthwise" if site.groups == site.in_channels else "grouped"
+    if not site.kernel_size:
+        return "linear"
+    return "pointwise" if math.prod(site.kernel_size) == 1 else "spatial"
+
+
+def positions(site: Site) -> sympy.Expr:
+    """Number of output pixels (rows of a linear layer), all images together."""
+    sizes = site.input_shape[:-1] if not site.kernel_size else (site.input_shape[0], *site.output_spatial)
+    return sympy.Mul(*(symbolic(size) for size in sizes))
+
+
+def weight_elements(site: Site) -> int:
+    return site.out_channels * (site.in_channels // site.groups) * math.prod(site.kernel_size)
+
+
+def inside_fraction(site: Site) -> float:
+    """Fraction of (output pixel, tap) pairs that read inside the image: kernels skip the others.
+
+    Taken as 1 along dimensions of symbolic size, and for transposed convolutions.
+    """
+    fraction = 1.0
+    for i, k in enumerate(site.kernel_size if not site.transposed else ()):
+        size, out = site.input_shape[2 + i], site.output_spatial[i]
+        if isinstance(size, str) or isinstance(out, str) or out < 1:
+            continue
+        first = range(-site.padding[i][0], out * site.stride[i] - site.padding[i][0], site.stride[i])
+        fraction *= sum(0 <= o + t * site.dilation[i] < size for o in first for t in range(k)) / (out * k)
+    return fraction
+
+
+def _macs(site: Site, elements: float) -> sympy.Expr:
+    """Multiply-adds of a weight with this many elements."""
+    if site.transposed:  # every input pixel meets the whole kernel
+        pixels = sympy.Mul(*(symbolic(s) for s in (site.input_shape[0], *site.input_shape[2:])))
+        return pixels * elements
+    return positions(site) * elements * inside_fraction(site)
+
+
+def _activation_bytes(site: Site) -> sympy.Expr:
+    """Input read once, output written once (and fetched first, as caches do)."""
+    read = sympy.Mul(*(symbolic(size) for size in site.input_shape))
+    return _BYTES * (read + 2 * positions(site) * site.out_channels)
+
+
+def _memory_seconds(traffic: sympy.Expr, device: DeviceSpec) -> sympy.Expr:
+    """Time to move `traffic` bytes at the rate of the smallest cache that holds them."""
+    l2 = device.threads * device.l2_bytes_per_thread
+    return sympy.Piecewise(
+        (traffic / (device.threads * device.l2_bytes_per_second_per_thread), traffic <= l2),
+        (traffic / device.l3_bytes_per_second, traffic <= device.l3_bytes),
+        (traffic / device.dram_bytes_per_second, True),
+    )
+
+
+# ---- candidates ------------------------------------------------------------------------------------
+
+
+def dense_cost(site: Site, device: DeviceSpec) -> Cost:
+    """The layer as a dense operator of torch."""
+    flops = 2 * _macs(site, weight_elements(site))
+    traffic = _activation_bytes(site) + _BYTES * weight_elements(site)
+    linear = not site.kernel_size
+    return Cost(
+        flops,
+        traffic,
+        flops / (device.peak_fp32_flops_per_second * _dense_efficiency(site, device)),
+        _memory_seconds(traffic, device),
+        sympy.Float(device.dense_linear_call_seconds if linear else device.dense_conv_call_seconds),
+    )
+
+
+def _dense_efficiency(site: Site, device: DeviceSpec) -> sympy.Expr:
+    table, kind = device.efficiency, geometry(site)
+    usual = sympy.Float(table.get(f"dense/{kind}", 0.5))
+    if kind != "linear":
+        return usual
+    few = sympy.Float(table.get("dense/few_rows", usual))
+    return sympy.Piecewise((few, positions(site) < FEW_ROWS), (usual, True))
+
+
+def sparse_cost(
+    site: Site,
+    pattern: BlockPattern | BlockShape,
+    device: DeviceSpec,
+    variant: str = "",
+    *,
+    density: float = 1.0,
+) -> Cost:
+    """The layer on a block-sparse kernel.
+
+    Args:
+        pattern: the kept tiles; or a block shape, for tiles of that `density` spread evenly.
+        variant: name of the kernel variant, for figures measured for it alone.
+    """
+    if isinstance(pattern, BlockPattern):
+        block, kept, skew = pattern.block_shape, pattern.kept_elements, _row_skew(pattern, device)
+    else:
+        block, kept, skew = pattern, density * weight_elements(site), 1.0
+    pixels = positions(site)
+    flops = 2 * _macs(site, kept)
+    traffic = _activation_bytes(site) + _BYTES * sympy.sympify(kept)
+    rate = device.peak_fp32_flops_per_second * efficiency(site, block, device, variant)
+    tile_pixels, _ = _register_tile(site, block, device)
+    # Either pixels or block rows are split over the threads, whichever divides better.
+    chunks = sympy.ceiling(pixels / tile_pixels)
+    turns = sympy.ceiling(chunks / device.threads) * device.threads / chunks
+    return Cost(
+        flops,
+        traffic,
+        flops * sympy.Min(turns, skew) / (rate * _tile_fill(site, tile_pixels))
+        + epilogue_seconds(site, block, device),
+        _memory_seconds(traffic, device),
+        sympy.Float(device.sparse_call_seconds),
+    )
+
+
+def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
+    """(pixels, vector lanes) that the inner loop works on."""
+    tile = variants.register_tile(block[0], device.vector_lanes, device.vector_registers)
+    return (min(tile.pixels, variants.cache_friendly_pixels(site, device)), tile.lanes) if tile else (1, 1)
+
+
+def epilogue_seconds(site: Site, block: BlockShape, device: DeviceSpec) -> sympy.Expr:
+    """Time of bias, activation and stores, however many tiles are kept."""
+    vectors = positions(site) * -(-site.out_channels // _register_tile(site, block, device)[1])
+    return vectors * device.epilogue_seconds_per_vector / device.threads
+
+
+def _tile_fill(site: Site, tile_pixels: int) -> sympy.Expr:
+    """Part of the pixels in register tiles that is not computed twice.
+
+    Pointwise layers tile all pixels in a row; others tile each output row, or the same row of several
+    images, in segments of equal length.
+    """
+    if not site.kernel_size or geometry(site) == "pointwise":
+        total, length = positions(site), tile_pixels
+        count = sympy.ceiling(total / length)
+        return total / (count * sympy.ceiling(total / count))
+    width = symbolic(site.output_spatial[-1])
+    count = sympy.ceiling(width / tile_pixels)
+    return width / (count * sympy.ceiling(width / count))
+
+
+def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant: str = "") -> float:
+    """Fraction of peak that kept tiles run at: the device's figure for the nearest smaller block shape."""
+    spatial = math.prod(site.kernel_size) > 1
+    kind = "linear" if not site.kernel_size else "spatial" if spatial else "pointwise"
+    bh, bw = block_shape
+    table = device.efficiency
+    for exact in (f"{variant}/{bh}x{bw}/{kind}", f"{bh}x{bw}/{kind}"):
+        if exact in table:
+            return table[exact]
+    square = max((s for s in (32, 16, 8) if s <= min(bh, max(bw, 8))), default=0)
+    if square:
+        return table.get(f"{square}x{square}/{kind}", 0.3)
+    # Narrower than a vector: lanes go unused in proportion.
+    return table.get(f"8x8/{kind}", 0.3) * bh / 8
+
+
+def _row_skew(pattern: BlockPattern, device: DeviceSpec) -> float:
+    """Time of the slowest thread over the mean, with whole block rows shared out by kept tiles."""
+    tiles = pattern.kept.sum((1, 2)).tolist()
+    total = sum(tiles)
+    return max(1.0, device.threads * max(tiles) / total) if total else 1.0
