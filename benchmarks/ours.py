@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blocksparse_compiler import Plan
+from blocksparse_compiler import BlockPattern, Plan
 from blocksparse_compiler.backend import compiled_graphs
+from blocksparse_compiler.devices import device
+from blocksparse_compiler.pattern import BlockShape
+from blocksparse_compiler.variants import VARIANTS
 
 from . import baselines
 from .timing import Call
@@ -31,9 +34,21 @@ def compile_layers(layers: Sequence[nn.Module], x: Tensor, relu: bool, block_sha
     calls = {"auto": _call(function, x, {})}
     plan = newest_plan()
     if any(decision.is_dense for decision in plan):
-        calls["forced"] = _call(function, x, {"dense": "never", "block_shape": block_shape})
+        calls["forced"] = _call(function, x, {"plan": forced(plan, layers, block_shape)})
     weights = torch.stack([n.weight for n in layers])  # type: ignore[misc]
     return Ours(calls, plan.decisions[0].kernel, float(weights.ne(0).float().mean()))
+
+
+def forced(plan: Plan, layers: Sequence[nn.Module], block_shape: BlockShape) -> Plan:
+    """Every layer on the sparse kernel in these blocks, even a layer without a zero."""
+    (variant,) = VARIANTS.values()
+    decisions = []
+    for decision, layer in zip(plan, layers, strict=True):
+        assert isinstance(layer.weight, Tensor)
+        pattern = BlockPattern.from_weight(layer.weight, block_shape)
+        config = variant.configs(decision.site, pattern, device())[0]
+        decisions.append(replace(decision, kernel=variant.name, pattern=pattern, config=config))
+    return replace(plan, decisions=tuple(decisions))
 
 
 def newest_plan() -> Plan:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import layers, models, pictures, shapes, zoo
-from benchmarks.ours import compile_layers
+from benchmarks.ours import compile_layers, newest_plan
 
 BLOCK = (32, 32)
 
@@ -34,6 +34,17 @@ def test_layer_rows_hold_both_modes_and_their_errors(tmp_path: Path) -> None:
     pictures.print_layers(rows)
     pictures.draw_layers(rows, tmp_path / "layers.png")
     assert (tmp_path / "layers.png").stat().st_size > 1000
+
+
+def test_a_dense_layer_can_be_forced_onto_the_sparse_kernel() -> None:
+    shape = shapes.ConvShape(64, 7, 32, 1)
+    layer, x = shape.layer().eval(), shape.input(1)
+    ours = compile_layers([layer], x, False, BLOCK)
+    assert ours.kernel == "dense"
+    (decision,) = newest_plan()
+    assert not decision.is_dense
+    assert decision.density == 1
+    torch.testing.assert_close(ours.calls["forced"](), [layer(x)])
 
 
 def test_a_wrong_layer_is_not_timed() -> None:
