@@ -8,16 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LayerError
-from .layers import (
-    DENSE_TYPES,
-    SAVED,
-    KeptTiles,
-    become_block_sparse,
-    canonical_shape,
-    dense_type_of,
-    groups_of,
-    saved_pattern,
-)
+from .layers import SAVED, KeptTiles, become_block_sparse, dense_type_of, saved_pattern
+from .layout import DENSE_TYPES, canonical_shape, groups_of
 from .pattern import BlockPattern
 from .weights import make_plain, weight_parameters
 

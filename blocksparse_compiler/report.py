@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .layers import canonical_shape, groups_of, is_transposed
+from .layout import canonical_shape, groups_of, is_transposed
 from .pattern import BlockShape
 from .selection import Layer, select_layers
 from .weights import effective_weight, evaluation_mode, kept_pattern, weight_parameters

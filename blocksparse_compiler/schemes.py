@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import OptionError, PatternError
-from .layers import swap_channels
+from .layout import swap_channels
 from .pattern import BlockPattern, BlockShape, check_block_shape
 
 TapSets = tuple[tuple[int, ...], ...]

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from torch import fx, nn
 
 from .errors import BlockSparseError, LayerError
-from .layers import DENSE_TYPES
+from .layout import DENSE_TYPES
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from .errors import LayerError, PatternError
-from .layers import KeptTiles, canonical_shape, canonical_weight, groups_of
+from .layers import KeptTiles
+from .layout import canonical_shape, canonical_weight, groups_of
 from .pattern import BlockPattern, BlockShape
 from .scales import BlockScale
 from .schemes import FixedMask

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import LayerError, PatternError
-from ..layers import KeptTiles, canonical_shape, groups_of, is_transposed
+from ..layers import KeptTiles
+from ..layout import canonical_shape, groups_of, is_transposed
 from ..pattern import BlockPattern
 from ..schemes import FixedMask, Scheme
 from ..selection import Filter, Layer, keep_valid, nothing_left, select_layers

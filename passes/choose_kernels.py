@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from .. import cost
 from ..devices import DeviceSpec
 from ..errors import LayerError, PlanError
-from ..layers import swap_channels
+from ..layout import swap_channels
 from ..pattern import BlockPattern, BlockShape
 from ..plan import DENSE, Decision, Plan, Site
 from ..zero_blocks import zero_block_patterns

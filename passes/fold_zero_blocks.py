@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LayerError
-from ..layers import KeptTiles, become_block_sparse, dense_type_of, layer_weight
+from ..layers import KeptTiles, become_block_sparse, dense_type_of
+from ..layout import layer_weight
 from ..pattern import BlockPattern, BlockShape, check_block_shape
 from ..selection import Filter, Layer, keep_valid, select_layers
 from ..weights import (

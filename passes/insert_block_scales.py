@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import LayerError
-from ..layers import KeptTiles, is_transposed
+from ..layers import KeptTiles
+from ..layout import is_transposed
 from ..pattern import BlockShape, check_block_shape
 from ..scales import BlockScale, block_scale_of
 from ..selection import Filter, Layer, keep_valid, nothing_left, select_layers

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import LayerError, OptionError, PatternError
-from ..layers import KeptTiles, layer_weight
+from ..layers import KeptTiles
+from ..layout import layer_weight
 from ..pattern import BlockPattern, BlockShape, check_block_shape
 from ..scales import BlockScale, block_scale_of
 from ..selection import Filter, Layer, keep_valid, nothing_left, select_layers

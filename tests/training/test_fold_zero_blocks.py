@@ -12,7 +12,8 @@ from training_cases import layers, small_net
 
 import blocksparse_compiler as bsc
 from blocksparse_compiler.errors import LayerError, PatternError
-from blocksparse_compiler.layers import BlockSparseConv2d, BlockSparseLinear, KeptTiles, canonical_weight
+from blocksparse_compiler.layers import BlockSparseConv2d, BlockSparseLinear, KeptTiles
+from blocksparse_compiler.layout import canonical_weight
 from blocksparse_compiler.pattern import BlockPattern, gather_tiles
 from blocksparse_compiler.scales import block_scale_of, block_scales
 
