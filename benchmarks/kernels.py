@@ -9,7 +9,8 @@ operator; without one, the candidates of the variant table run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -56,7 +57,7 @@ def raw_kernel(module: SparseLayer, x: Tensor) -> Callable[[], Tensor]:
     """The compiled kernel, bound to the layer's tensors and an output of its own. Checked once."""
     torch._dynamo.reset()
     forward = torch.compile(fresh_code(SparseLayer.forward), dynamic=False)
-    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+    with torch.no_grad(), uncached():
         y, (code,) = run_and_get_code(forward, module, x)
         expected = torch.relu(module.layer(x))
     namespace: dict[str, Any] = {"__name__": "generated"}
@@ -72,6 +73,16 @@ def raw_kernel(module: SparseLayer, x: Tensor) -> Callable[[], Tensor]:
         return out
 
     return call
+
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """Graph caches do not see our sources without the backend."""
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
 
 
 def site_of(shape: ConvShape, batch: int) -> Site:

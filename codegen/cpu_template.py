@@ -46,6 +46,7 @@ class BlockSparseTemplate(CppTemplate):
         tile, tiling: register tile, and how pixels map to it.
         block_shape: `(bh, bw)`.
         parameters: of the kernel variant: `chunk`, `row_threads`.
+        flush: kept tiles after which a sum starts anew; 0 for never.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class BlockSparseTemplate(CppTemplate):
         tiling: Tiling,
         block_shape: tuple[int, int],
         parameters: dict[str, int | str],
+        flush: int,
     ) -> None:
         super().__init__("block_sparse", input_nodes, layout, num_threads)
         self.images, self.conv, self.tile, self.tiling = images, conv, tile, tiling
-        self.block_shape, self.parameters = block_shape, parameters
+        self.block_shape, self.parameters, self.flush = block_shape, parameters, flush
 
     def render(  # type: ignore[override]
         self,
@@ -99,6 +101,7 @@ class BlockSparseTemplate(CppTemplate):
             "aliases": aliases,
             "cexpr": cexpr,
             "dtype": torch.float32,
+            "flush": self.flush,
             "num_threads": self.num_threads,
             # The kernel gets the storage of a view: add the view's offset.
             "input": f"X + {cexpr(x.get_layout().offset)}",

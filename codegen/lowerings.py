@@ -29,6 +29,10 @@ from .tiling import ConvGeometry, as_int, flat_tiling, is_static, row_tiling
 
 log = logging.getLogger(__name__)
 
+LONGEST_SUM = 192
+"""Products summed up in one go. Dense kernels sum in blocks, which rounds less than one long sum; at this
+length our error stays below 1.5 times theirs, and the speed does not suffer."""
+
 
 class Unsupported(Exception):
     """Why a layer runs as the opaque operator."""
@@ -141,7 +145,13 @@ class _Weight:
     """A packed weight with its bias, and the kernel to run it."""
 
     def __init__(
-        self, values: Any, row_ptr: Any, channel_offset: Any, bias: Any, out_channels: int, kernel: str
+        self,
+        values: Any,
+        row_ptr: Any,
+        channel_offset: Any,
+        bias: Any,
+        out_channels: int,
+        kernel: str,
     ) -> None:
         self.operands = [values, row_ptr, channel_offset]
         if bias is not None:
@@ -190,6 +200,7 @@ class _Weight:
             tiling=flat or row_tiling(images, conv, tile.pixels),
             block_shape=self.block_shape,
             parameters=dict(self.config.parameters),
+            flush=-(-LONGEST_SUM // self.block_shape[1]),
         )
         return template.generate().output_node()
 

@@ -75,7 +75,7 @@ struct BlockRow {
 enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4 };
 
 // A register tile: SEGMENTS x SEGMENT pixels, STEP floats apart in the input, by VECTORS vectors of channels.
-template <int LANES, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH>
+template <int LANES, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH, int FLUSH>
 struct Tile {
   using Vec = Vector<LANES>;
   static constexpr int PIXELS = SEGMENTS * SEGMENT;
@@ -121,13 +121,12 @@ struct Tile {
   BLOCK_SPARSE_INLINE void multiply_tap(
       Accumulators& acc, const float* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], const BlockRow& row,
       int32_t begin, int32_t end) {
-    const float* w = row.values + static_cast<int64_t>(begin) * (BW * BH);
 #pragma GCC unroll 1
-    for (int32_t b = begin; b < end; ++b, w += BW * BH) {
+    for (int32_t b = begin; b < end; ++b) {
       const float* xb[SEGMENTS];
 #pragma GCC unroll 32
       for (int s = 0; s < SEGMENTS; ++s) xb[s] = x[s] + (row.channel_offset[b] & mask[s]);
-      multiply<SKIP>(acc, xb, w);
+      multiply<SKIP>(acc, xb, row.values + static_cast<int64_t>(b) * (BW * BH));
     }
   }
 
@@ -135,9 +134,8 @@ struct Tile {
   BLOCK_SPARSE_INLINE void multiply_border_tap(
       Accumulators& acc, const float* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], int64_t first,
       int64_t last, const float* zeros, const BlockRow& row, int32_t begin, int32_t end) {
-    const float* w = row.values + static_cast<int64_t>(begin) * (BW * BH);
 #pragma GCC unroll 1
-    for (int32_t b = begin; b < end; ++b, w += BW * BH) {
+    for (int32_t b = begin; b < end; ++b) {
       const float* xb[PIXELS];
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
@@ -145,7 +143,7 @@ struct Tile {
         const bool inside = mask[s] && i >= first && i < last;
         xb[p] = inside ? x[s] + i * STEP + row.channel_offset[b] : zeros;
       }
-      multiply_any(acc, xb, w);
+      multiply_any(acc, xb, row.values + static_cast<int64_t>(b) * (BW * BH));
     }
   }
 
@@ -166,11 +164,50 @@ struct Tile {
     }
   }
 
+  BLOCK_SPARSE_INLINE void add(Accumulators& acc, const float* from) {
+#pragma GCC unroll 64
+    for (int p = 0; p < PIXELS; ++p) {
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) {
+        acc[p][j].value = acc[p][j].value + Vec::load(from + (p * VECTORS + j) * LANES).value;
+      }
+    }
+  }
+
+  // Sums in parts: every FLUSH tiles the accumulators move to memory and start anew, because many short sums
+  // round less than a long one.
+  struct PartialSums {
+    alignas(64) float total[PIXELS * VECTORS * LANES];
+    int32_t tiles = 0;  // in the accumulators
+    bool flushed = false;
+  };
+
+  // The end of the part of tiles [begin, end) that fits the sum at hand; makes room if that is full.
+  BLOCK_SPARSE_INLINE int32_t next_part(Accumulators& acc, PartialSums& sums, int32_t begin, int32_t end) {
+    if (FLUSH == 0) return end;
+    if (sums.tiles == FLUSH) {
+      if (sums.flushed) add(acc, sums.total);
+      finish(acc, sums.total);
+      start(acc, nullptr);
+      sums.flushed = true;
+      sums.tiles = 0;
+    }
+    const int32_t stop = std::min(end, begin + FLUSH - sums.tiles);
+    sums.tiles += stop - begin;
+    return stop;
+  }
+
   // A tile of a linear layer, or of a 1x1 convolution that reads pixel after pixel.
   BLOCK_SPARSE_INLINE void linear(float* out, const float* x, const BlockRow& row) {
     Accumulators acc;
+    PartialSums sums;
     start(acc, row.bias);
-    multiply_tap<INSIDE>(acc, {x}, {-1}, row, row.row_ptr[0], row.row_ptr[1]);
+    const int32_t end = row.row_ptr[1];
+    for (int32_t begin = row.row_ptr[0], stop; begin < end; begin = stop) {
+      stop = next_part(acc, sums, begin, end);
+      multiply_tap<INSIDE>(acc, {x}, {-1}, row, begin, stop);
+    }
+    if (sums.flushed) add(acc, sums.total);
     finish(acc, out);
   }
 
@@ -180,6 +217,7 @@ struct Tile {
       float* out, const Segment (&segment)[SEGMENTS], int64_t column, const Geometry& g, const float* zeros,
       const BlockRow& block_row) {
     Accumulators acc;
+    PartialSums sums;
     start(acc, block_row.bias);
 #pragma GCC unroll 1
     for (int kh = 0; kh < KH; ++kh) {
@@ -197,25 +235,30 @@ struct Tile {
       if (!any) continue;
 #pragma GCC unroll 1
       for (int kw = 0; kw < KW; ++kw) {
-        const int32_t begin = block_row.row_ptr[kh * KW + kw], end = block_row.row_ptr[kh * KW + kw + 1];
+        int32_t begin = block_row.row_ptr[kh * KW + kw];
+        const int32_t end = block_row.row_ptr[kh * KW + kw + 1];
         const int64_t iw = column * g.stride_w - g.pad_left + kw * g.dilation_w;
         const bool left = iw < 0, right = iw + (SEGMENT - 1) * g.stride_w >= g.width;
         const float* x[SEGMENTS];
 #pragma GCC unroll 32
         for (int s = 0; s < SEGMENTS; ++s) x[s] = row[s] + (iw * g.pixel_stride & mask[s]);
-        if (BORDER == INSIDE || !(left || right)) {
-          multiply_tap<INSIDE>(acc, x, mask, block_row, begin, end);
-        } else if (BORDER & WIDE) {
-          const int64_t first = left ? (-iw + g.stride_w - 1) / g.stride_w : 0;
-          const int64_t last = (g.width - iw + g.stride_w - 1) / g.stride_w;
-          if (first < last && first < SEGMENT)
-            multiply_border_tap(acc, x, mask, first, last, zeros, block_row, begin, end);
-        } else if (SEGMENT > 1) {
-          if ((BORDER & LEFT) && left) multiply_tap<LEFT>(acc, x, mask, block_row, begin, end);
-          if ((BORDER & RIGHT) && right) multiply_tap<RIGHT>(acc, x, mask, block_row, begin, end);
+        for (int32_t stop; begin < end; begin = stop) {
+          stop = next_part(acc, sums, begin, end);
+          if (BORDER == INSIDE || !(left || right)) {
+            multiply_tap<INSIDE>(acc, x, mask, block_row, begin, stop);
+          } else if (BORDER & WIDE) {
+            const int64_t first = left ? (-iw + g.stride_w - 1) / g.stride_w : 0;
+            const int64_t last = (g.width - iw + g.stride_w - 1) / g.stride_w;
+            if (first < last && first < SEGMENT)
+              multiply_border_tap(acc, x, mask, first, last, zeros, block_row, begin, stop);
+          } else if (SEGMENT > 1) {
+            if ((BORDER & LEFT) && left) multiply_tap<LEFT>(acc, x, mask, block_row, begin, stop);
+            if ((BORDER & RIGHT) && right) multiply_tap<RIGHT>(acc, x, mask, block_row, begin, stop);
+          }
         }
       }
     }
+    if (sums.flushed) add(acc, sums.total);
     finish(acc, out);
   }
 };

@@ -1,0 +1,129 @@
+"""The generated CPU kernels against plain torch in float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_cases import Case, Layers, assert_close_to_float64, compiling, count_kernels, run
+
+from blocksparse_compiler.variants import VARIANTS
+
+TRICKY = [
+    # ResNet shapes: 3x3 with padding, rows of one, two and several tiles, strides, pointwise.
+    Case((2, 32, 14, 14), 64, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
+    Case((1, 16, 8, 56), 32, (3, 3), padding=(1, 1, 1, 1), bias=False),
+    Case((2, 16, 9, 15), 16, (3, 3), stride=(2, 2), padding=(1, 1, 1, 1)),
+    Case((2, 32, 14, 14), 64, (1, 1), (32, 32), parameters={"chunk": 1}),
+    Case((2, 32, 9, 9), 32, (1, 1), stride=(2, 2)),
+    # Narrow images: the same row of several images share a tile, then rows of the image left over.
+    Case((2, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
+    Case((3, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
+    Case((1, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1), stride=(2, 2)),
+    Case((5, 16, 3, 2), 16, (3, 3), padding=(1, 1, 1, 1)),
+    Case((2, 16, 1, 1), 16, (3, 3), padding=(1, 1, 1, 1)),
+    # Taps that leave the image by more than one pixel, on one side, or altogether.
+    Case((2, 16, 6, 11), 16, (5, 5), padding=(2, 2, 2, 2)),
+    Case((2, 16, 6, 11), 16, (3, 3), padding=(2, 2, 2, 2), dilation=(2, 2)),
+    Case((1, 16, 6, 5), 16, (3, 3), padding=(0, 1, 3, 0)),
+    Case((1, 16, 4, 4), 16, (3, 3), padding=(6, 6, 6, 6), dilation=(6, 6)),
+    Case((1, 16, 5, 20), 16, (1, 5), padding=(0, 0, 4, 0)),
+    Case((2, 16, 12, 3), 16, (3, 1), padding=(1, 1, 0, 0)),
+    # Ragged channels, blocks wider than a register tile, low and narrow blocks, no tile kept.
+    Case((2, 40, 6, 6), 50, (3, 3), padding=(1, 1, 1, 1)),
+    Case((2, 40, 5, 5), 50, (1, 1), (8, 8)),
+    Case((2, 24, 5, 5), 20, (1, 1), (4, 3)),
+    Case((2, 64, 14, 14), 128, (1, 1), (64, 64)),
+    Case((2, 64, 5, 5), 100, (3, 3), (64, 32), padding=(1, 1, 1, 1)),
+    Case((2, 48, 6, 6), 48, (3, 3), (48, 24), padding=(1, 1, 1, 1)),
+    Case((2, 16, 6, 6), 16, (1, 1), density=0.0),
+    # Linear layers and 1-D convolutions.
+    Case((2, 29, 48), 80, bias=False),
+    Case((3, 64), 96, (), (32, 32)),
+    Case((1, 1, 1, 32), 16),
+    Case((2, 16, 50), 32, (5,), padding=(4, 0), dilation=(1,)),
+    # Threads share block rows; fewer block rows than threads.
+    Case((2, 64, 7, 7), 64, (3, 3), padding=(1, 1, 1, 1), parameters={"row_threads": 2}),
+    Case((1, 64, 7, 7), 128, (1, 1), (32, 32), density=0.1, parameters={"row_threads": 2, "chunk": 3}),
+    Case((1, 64, 7, 7), 16, (1, 1), parameters={"row_threads": 3, "pixels": 5}),
+]
+
+
+def check(cases: list[Case]) -> None:
+    module = Layers(cases)
+    xs = [case.input() for case in cases]
+    outs, source = run(module, xs, dynamic=False)
+    for layer, x, out in zip(module.layers, xs, outs, strict=True):
+        assert_close_to_float64(layer, x, out)
+    assert count_kernels(source)["block_sparse"] >= 1
+    assert "blocksparse" not in source.replace("blocksparse_compiler", ""), "an operator was not lowered"
+
+
+def test_tricky_shapes():
+    check(TRICKY)
+
+
+@st.composite
+def cases(draw):
+    size = st.integers(1, 20)
+    small = st.integers(1, 3)
+    block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (16, 8), (32, 5)]))
+    channels = draw(st.integers(block[1], 70)), draw(st.integers(block[0], 70))
+    common = {
+        "out_channels": channels[1],
+        "block": block,
+        "bias": draw(st.booleans()),
+        "density": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
+        "seed": draw(st.integers(0, 2**16)),
+        "parameters": {"chunk": draw(small), "row_threads": draw(small)},
+    }
+    if draw(st.integers(0, 3)) == 0:
+        return Case((draw(size), draw(size), channels[0]), **common)
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 3), (1, 3), (5, 2)]))
+    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 3)]))
+    padding = tuple(draw(st.integers(0, 2)) for _ in range(4))
+    image = tuple(
+        max(draw(size), dilation[i] * (kernel[i] - 1) + 1 - padding[2 * i] - padding[2 * i + 1])
+        for i in range(2)
+    )
+    shape = (draw(st.integers(1, 4)), channels[0], *image)
+    stride = (draw(small), draw(small))
+    return Case(shape, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation, **common)
+
+
+@settings(deadline=None, max_examples=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(st.lists(cases(), min_size=12, max_size=12))
+def test_random_shapes(drawn):
+    check(drawn)
+
+
+def test_one_compilation_serves_every_batch():
+    pad = (1, 1, 1, 1)
+    module = Layers([Case((4, 32, 7, 9), 32, (3, 3), padding=pad), Case((4, 32, 7, 9), 32, (1, 1))])
+    with compiling():
+        fast = torch.compile(module, fullgraph=True, dynamic=True)
+        for batch in (2, 3, 8, 5):
+            x = torch.randn(batch, 32, 7, 9).to(memory_format=torch.channels_last)
+            with torch._dynamo.config.patch(error_on_recompile=batch != 2):
+                outs = fast([x, x])
+            for layer, out in zip(module.layers, outs, strict=True):
+                assert_close_to_float64(layer, x, out)
+
+
+def test_symbolic_image_and_row_sizes():
+    pad = (1, 1, 1, 1)
+    cases = [Case((2, 16, 7, 9), 16, (3, 3), padding=pad), Case((2, 16, 7, 9), 16, (1, 1)), Case((4, 16), 16)]
+    module = Layers(cases)
+    with compiling():
+        fast = torch.compile(module, fullgraph=True, dynamic=True)
+        for i, (batch, height, width) in enumerate([(2, 7, 9), (3, 2, 3), (2, 18, 30)]):
+            x = torch.randn(batch, 16, height, width).to(memory_format=torch.channels_last)
+            xs = [x, x, torch.randn(batch * height, 16)]
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                outs = fast(xs)
+            for layer, layer_input, out in zip(module.layers, xs, outs, strict=True):
+                assert_close_to_float64(layer, layer_input, out)
+
+
+def test_every_variant_of_the_table_is_tested_here():
+    assert set(VARIANTS) == {"cpu_f32"}
