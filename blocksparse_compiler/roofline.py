@@ -252,19 +252,19 @@ def _tile_fill(site: Site, tile_pixels: int) -> sympy.Expr:
 
 
 def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant: str = "") -> float:
-    """Fraction of peak that kept tiles run at: the device's figure for the nearest smaller block shape."""
+    """Fraction of peak that kept tiles run at.
+
+    The block's height alone decides: it fills vectors and register tiles. Any width runs alike (measured
+    from 1 to 64), so a shape without a figure takes that of the highest square that is no higher.
+    """
     spatial = math.prod(site.kernel_size) > 1
     kind = "linear" if not site.kernel_size else "spatial" if spatial else "pointwise"
-    bh, bw = block_shape
-    table = device.efficiency
-    for exact in (f"{variant}/{bh}x{bw}/{kind}", f"{bh}x{bw}/{kind}"):
-        if exact in table:
-            return table[exact]
-    square = max((s for s in (32, 16, 8) if s <= min(bh, max(bw, 8))), default=0)
-    if square:
-        return table.get(f"{square}x{square}/{kind}", 0.3)
-    # Narrower than a vector: lanes go unused in proportion.
-    return table.get(f"8x8/{kind}", 0.3) * bh / 8
+    height, width = block_shape
+    square = max((s for s in (32, 16, 8) if s <= height), default=8)
+    shapes = (f"{height}x{width}", f"{square}x{square}")
+    names = (name for shape in shapes for name in (f"{variant}/{shape}/{kind}", f"{shape}/{kind}"))
+    known = next((device.efficiency[name] for name in names if name in device.efficiency), 0.3)
+    return known * min(1.0, height / 8)  # lower than a vector of 8: lanes go unused in proportion
 
 
 def _row_skew(pattern: BlockPattern, device: DeviceSpec) -> float:

@@ -8,6 +8,7 @@ in the kept tiles: the time does not depend on their values.
 from __future__ import annotations
 
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +22,19 @@ from . import cost, disk_cache, variants
 from .codegen import inductor_api, lowerings
 from .codegen.cpu_template import source_digest
 from .devices import DeviceSpec
-from .passes.choose_kernels import find_patterns
+from .passes.choose_kernels import BLOCK_SHAPES, find_patterns, traced_sizes
 from .passes.find_sites import sites_with_calls
 from .passes.lower_sites import lower_sites
 from .passes.static_values import StaticValues
-from .pattern import BlockPattern
+from .pattern import BlockPattern, BlockShape
 from .plan import DENSE, Decision, Plan, Site
 
+log = logging.getLogger("blocksparse_compiler")
+
 SECONDS_PER_LAYER = 0.25
-MAX_CANDIDATES = 4
+MAX_CANDIDATES = 5
+MARGIN = 0.98
+"""A kernel must measure below this fraction of the dense time; within noise a layer stays dense."""
 _EMPTY = "empty"
 
 Run = Callable[..., Any]
@@ -200,7 +205,7 @@ def measure(
     estimates = {DENSE: timings[DENSE], candidate.variant: timings[best]}
     for label, (other, _) in options.items():
         estimates[other.label] = min(timings[label], estimates.get(other.label, timings[label]))
-    if allow_dense and timings[best] >= timings[DENSE]:
+    if allow_dense and timings[best] >= MARGIN * timings[DENSE]:
         kept = f"{candidate.pattern.density:.0%} kept"
         reason = (
             f"stays dense: {cost.format_seconds(timings[DENSE])} dense against "
@@ -218,16 +223,22 @@ def tune_plan(
     plan: Plan,
     device: DeviceSpec,
     *,
+    block_shape: BlockShape | None = None,
     allow_dense: bool = True,
     hints: cost.Hints | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Plan:
     """`plan` with every layer that has zero blocks decided by measurement.
 
+    A layer that cannot be measured keeps its decision, and the log says why.
+
     Args:
         gm: the graph that `plan` was made from.
+        block_shape, allow_dense, hints: as in `passes.choose_kernels`.
         progress: called with the layer's name, its number and the number of layers, before each.
     """
+    shapes = BLOCK_SHAPES if block_shape is None else (block_shape,)
+    hints = {**traced_sizes(gm), **(hints or {})}
     values, calls = StaticValues(gm), {site.name: (call, site) for call, site in sites_with_calls(gm)}
     work = [d for d in plan if d.pattern is not None and d.site.name in calls]
     decided = {}
@@ -236,20 +247,24 @@ def tune_plan(
             progress(decision.site.name, i, len(work))
         call, site = calls[decision.site.name]
         weight = values.get(call.weight)
-        if weight is not None:
-            patterns = find_patterns(call, site, weight)
+        if weight is None:
+            continue
+        patterns = find_patterns(call, site, weight, shapes)
+        try:
             decided[site.name] = measure(site, patterns, device, allow_dense=allow_dense, hints=hints)
+        except Exception as error:
+            log.warning("%s could not be measured, its estimate decides: %s", site.name, error)
     return replace(plan, decisions=tuple(decided.get(d.site.name, d) for d in plan))
 
 
 def _options(
     site: Site, ranked: Sequence[cost.Candidate], device: DeviceSpec
 ) -> dict[str, tuple[cost.Candidate, dict[str, int | str]]]:
-    """What to measure: the best candidate in all its parameters, the runners-up in their first."""
+    """What to measure: the best candidate in several parameters, the runners-up in their first."""
     found: dict[str, tuple[cost.Candidate, dict[str, int | str]]] = {}
     for rank, candidate in enumerate(c for c in ranked if c.seconds <= 2 * ranked[0].seconds):
         configs = variants.VARIANTS[candidate.variant].configs(site, candidate.pattern, device)
-        for i, config in enumerate(configs if rank == 0 else configs[:1]):
+        for i, config in enumerate(configs[: MAX_CANDIDATES - 1] if rank == 0 else configs[:1]):
             if len(found) < MAX_CANDIDATES:
                 found[f"{candidate.label} #{i}"] = (candidate, dict(config))
     return found
@@ -262,9 +277,12 @@ def _timings(
     hints: cost.Hints | None,
     seconds: float,
 ) -> dict[str, float]:
-    """Median seconds of dense and of every option, net of the cost of calling a compiled graph."""
+    """Median seconds of dense and of every option, net of the cost of calling a compiled graph.
+
+    Layers of one geometry that keep equally many tiles share their times.
+    """
     geometry = {k: v for k, v in site.to_json().items() if k not in ("name", "node", "epilogue")}
-    listing = [[label, c.pattern.digest, config] for label, (c, config) in options.items()]
+    listing = [[label, c.pattern.num_kept, config] for label, (c, config) in options.items()]
     key = [geometry, dict(hints or {}), listing, device.isa, device.threads, *disk_cache.versions()]
     known = disk_cache.load("tuning", key)
     if isinstance(known, dict) and set(known) == {DENSE, *options}:

@@ -49,7 +49,7 @@ def choose_kernels(
         LayerError: if a weight holds NaN or infinity.
     """
     shapes = BLOCK_SHAPES if block_shape is None else (block_shape,)
-    hints = {**_hints(gm), **(hints or {})}
+    hints = {**traced_sizes(gm), **(hints or {})}
     values = StaticValues(gm)
     given = {d.site.name: d for d in plan} if plan else {}
     decisions = []
@@ -102,7 +102,7 @@ def _obey(decision: Decision, site: Site, weight: Tensor | None) -> Decision:
     return replace(decision, site=site)
 
 
-def _hints(gm: GraphModule) -> dict[str, int]:
+def traced_sizes(gm: GraphModule) -> dict[str, int]:
     """The sizes that symbolic dimensions had while tracing."""
     found: dict[str, int] = {}
     for node in gm.graph.nodes:
