@@ -108,8 +108,10 @@ def _lower_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Any:
-    x = ir.ExternKernel.require_channels_last(x)
+    # Realized before its strides are asked for: a residual sum would else be copied for this layer, and
+    # computed again, from all that went into it, for the next one.
     x.realize()
+    x = ir.ExternKernel.require_channels_last(x)
     n, _, *size = map(as_int, x.get_size())
     image_stride, channel_stride, row_stride, pixel_stride = map(as_int, x.get_stride())
     if channel_stride != 1 or not is_static(pixel_stride):
