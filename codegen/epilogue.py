@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +15,27 @@ _COSTLY = ("erf", "exp", "tanh", "log", "sigmoid", "pow", "sin", "cos", "sqrt", 
 """Where an epilogue computes one of these, unrolling it over the tile costs code and gains nothing."""
 
 
+_FOR = re.compile(r"\bfor\s*\(")
+_LITERAL_FOR = re.compile(
+    r"\bfor\s*\(int64_t (x\d+)=static_cast<int64_t>\(0L\); \1<static_cast<int64_t>\((\d+)L\); "
+    r"\1\+=static_cast<int64_t>\((\d+)L\)\)"
+)
+_MOST_COPIES = 64
+
+
 def unroll(code: str) -> str:
-    """Unrolls the loops over the tile, so that the C++ compiler can keep the tile in registers."""
-    if any(name in code for name in (*_COSTLY, "#pragma omp")):
+    """Unrolls the loops over the tile, so that the C++ compiler can keep the tile in registers.
+
+    Left alone: loops whose length is not a literal, loops over single elements (what Inductor could not
+    vectorise), and costly bodies.
+    """
+    loops = _LITERAL_FOR.findall(code)
+    copies = math.prod(-(-int(end) // int(step)) for _, end, step in loops)
+    costly = any(name in code for name in (*_COSTLY, "#pragma omp"))
+    if costly or copies > _MOST_COPIES or len(loops) != len(_FOR.findall(code)):
         return code
     code = code.replace("#pragma GCC ivdep", "")
-    return re.sub(r"\bfor\s*\(int64_t x", r"\n#pragma GCC unroll 64\n\g<0>", code)
+    return _LITERAL_FOR.sub(rf"\n#pragma GCC unroll {_MOST_COPIES}\n\g<0>", code)
 
 
 def raw_output(out: Any) -> tuple[Any, Any]:

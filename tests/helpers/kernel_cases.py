@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,10 +124,11 @@ def run(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, str]:
 
 
 def count_kernels(source: str) -> dict[str, int]:
-    """Number of block-sparse kernels, and of all kernels, in generated text."""
-    bodies = source.split('extern "C"')[1:]
-    kernels = [body for body in bodies if body.lstrip().startswith("void cpp_")]
-    return {"block_sparse": sum("BLOCK_ROWS" in body for body in kernels), "all": len(kernels)}
+    """Number of block-sparse kernels, and of all kernels, in the text of one graph with the C++ wrapper."""
+    return {
+        "block_sparse": source.count("using RegisterTile = Tile<"),
+        "all": len(re.findall(r"void cpp_\w+\([^;{]*\)\s*\{", source)),
+    }
 
 
 def assert_close_to_float64(layer: Layer, x: Tensor, got: Tensor) -> None:

@@ -1,0 +1,138 @@
+"""The kernel table, its parameters, and how pixels map to register tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from layer_cases import FIXED, conv_site, linear_site
+
+from blocksparse_compiler import BlockPattern
+from blocksparse_compiler.codegen.tiling import LEFT, RIGHT, WIDE, ConvGeometry, flat_tiling, row_tiling
+from blocksparse_compiler.errors import PlanError
+from blocksparse_compiler.variants import (
+    VARIANTS,
+    KernelConfig,
+    cache_friendly_pixels,
+    output_pixels,
+    register_tile,
+)
+
+CPU = VARIANTS["cpu_f32"]
+
+
+def full(site, block=(32, 32)):
+    shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
+    return BlockPattern.full(shape, block, site.groups)
+
+
+def test_kernel_text_round_trip():
+    config = KernelConfig("cpu_f32", {"chunk": 4, "split": "rows"})
+    pattern = full(linear_site())
+    assert KernelConfig.decode(config.encode(pattern)) == config
+    assert pattern.digest in config.encode(pattern)
+    assert config.encode() == "cpu_f32;chunk=4;split=rows"
+
+
+@pytest.mark.parametrize("text", ["", "cpu_f32;chunk", ";chunk=1", "cpu_f32;=1"])
+def test_bad_kernel_text(text):
+    with pytest.raises(PlanError, match="key=value"):
+        KernelConfig.decode(text)
+
+
+@pytest.mark.parametrize(
+    "lanes, registers, block, expected",
+    [
+        (16, 32, 32, (14, 2, 16)),
+        (16, 32, 16, (28, 1, 16)),
+        (16, 32, 64, (14, 2, 16)),
+        (16, 32, 48, (28, 1, 16)),
+        (16, 32, 8, (28, 1, 8)),
+        (8, 16, 32, (6, 2, 8)),
+        (4, 16, 32, (2, 4, 4)),
+    ],
+)
+def test_register_tile(lanes, registers, block, expected):
+    tile = register_tile(block, lanes, registers)
+    assert (tile.pixels, tile.vectors, tile.lanes) == expected
+    assert tile.pixels * tile.vectors + tile.vectors + 1 < registers
+    assert block % tile.width == 0
+
+
+def test_no_register_tile_for_odd_blocks():
+    assert register_tile(6, 16, 32) is None
+
+
+@pytest.mark.parametrize(
+    "site, block, reason",
+    [
+        (conv_site(), (32, 32), None),
+        (linear_site(), (16, 8), None),
+        (conv_site(dtype="bfloat16"), (32, 32), "bfloat16"),
+        (conv_site(device="cuda:0"), (32, 32), "cuda"),
+        (conv_site(op="conv_transpose2d"), (32, 32), "conv_transpose2d"),
+        (conv_site(), (2, 32), "multiple of 4"),
+        (conv_site(groups=4), (64, 64), None),
+        (conv_site(groups=4), (48, 48), "straddle"),
+    ],
+)
+def test_unsupported_says_why(site, block, reason):
+    found = CPU.unsupported(site, full(site, block))
+    assert found is None if reason is None else reason in found
+
+
+def test_configs_fit_the_machine():
+    site = conv_site(kernel=1, in_channels=1024, size=14)
+    best, *others = CPU.configs(site, full(site, (16, 16)), FIXED)
+    assert best == {"chunk": 1, "pixels": 10, "row_threads": 1}
+    assert best not in others and len(others) >= 2
+    # Pixels 4 KiB apart share one set of the L1 cache, 256 bytes apart sixteen.
+    assert cache_friendly_pixels(site, FIXED) == 10
+    assert cache_friendly_pixels(conv_site(in_channels=64), FIXED) == 160
+
+
+def test_few_pixels_and_large_weights_split_block_rows():
+    site = conv_site(512, 512, size=7, batch=1)
+    assert CPU.configs(site, full(site), FIXED)[0]["row_threads"] == 2
+    many = dataclasses.replace(FIXED, threads=16)
+    assert CPU.configs(site, full(site), many)[0]["row_threads"] > 1
+    assert CPU.configs(conv_site(), full(conv_site()), FIXED)[0]["row_threads"] == 1
+    symbolic = linear_site(rows=("s0", 128))
+    assert output_pixels(symbolic) is None
+    assert CPU.configs(symbolic, full(symbolic), FIXED)[0]["row_threads"] == 1
+
+
+@given(st.integers(0, 3000), st.integers(1, 28))
+def test_flat_tiles_are_even(pixels, most):
+    tiling = flat_tiling(pixels, most)
+    assert 1 <= tiling.segment <= most
+    count = -(-pixels // tiling.segment)
+    assert count == -(-pixels // most)
+    assert tiling.ragged == (pixels % tiling.segment != 0)
+
+
+def _conv(width, kernel, stride=1, pad=0, dilation=1):
+    out = (width + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+    size = (width, width), (out, out), (0, 0, 16)
+    return ConvGeometry(*size, (kernel,) * 2, (stride,) * 2, (pad,) * 2, (dilation,) * 2)
+
+
+@pytest.mark.parametrize(
+    "conv, images, expected",
+    [
+        (_conv(56, 3, pad=1), 1, (1, 14, LEFT | RIGHT, False)),
+        (_conv(56, 3, stride=2, pad=1), 1, (1, 14, LEFT, False)),
+        (_conv(15, 3, pad=1), 1, (1, 8, LEFT | RIGHT, True)),
+        (_conv(7, 3, pad=1), 8, (2, 7, LEFT | RIGHT, False)),
+        (_conv(7, 3, pad=1), 3, (2, 7, LEFT | RIGHT, True)),
+        (_conv(4, 3, pad=1), 6, (3, 4, LEFT | RIGHT, False)),
+        (_conv(28, 5, pad=2), 1, (1, 14, WIDE, False)),
+        (_conv(28, 3, pad=2, dilation=2), 1, (1, 14, WIDE, False)),
+        (_conv(28, 1, stride=2), 1, (1, 14, 0, False)),
+    ],
+)
+def test_row_tiles(conv, images, expected):
+    tiling = row_tiling(images, conv, 14)
+    assert (tiling.segments, tiling.segment, tiling.border, tiling.ragged) == expected
