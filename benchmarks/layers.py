@@ -149,6 +149,7 @@ def run(
     linear: Annotated[bool, typer.Option(help="Also BERT's linear layers.")] = True,
     copies: Annotated[int, typer.Option(help="Layers of one shape per call.")] = 4,
     budget: Annotated[float, typer.Option(help="Seconds of timing per group.")] = 0.3,
+    merge: Annotated[bool, typer.Option(help="Keep the other rows of an existing results file.")] = False,
     name: Annotated[str, typer.Option(help="Results are written as <name>.json and .png.")] = "layers",
 ) -> None:
     """Layer by layer against the strongest dense baseline."""
@@ -161,6 +162,8 @@ def run(
             rows += measure(case, tuple(density), budget, copies)
             bar.advance(task)
     pictures.print_layers(rows)
+    if merge:
+        rows = report.merge(report.path_of(name), rows, ("shape", "batch", "block", "epilogue", "density"))
     path = report.save(name, rows, copies=copies, summary=pictures.summarize(rows))
     pictures.draw_layers(rows, path.with_suffix(".png"))
     report.console.print(f"wrote {path.name} and {path.with_suffix('.png').name} in {path.parent.name}/")

@@ -134,6 +134,7 @@ def run(
     keep: Annotated[list[str], typer.Option(help="DBSR-A, DBSR-B or a density; default per model.")] = [],  # noqa: B006
     block: Annotated[int, typer.Option(help="Edge of the square blocks.")] = 32,
     budget: Annotated[float, typer.Option(help="Seconds of timing per model and batch.")] = 8.0,
+    merge: Annotated[bool, typer.Option(help="Keep the other rows of an existing results file.")] = False,
     name: Annotated[str, typer.Option(help="Results are written as <name>.json and .png.")] = "models",
 ) -> None:
     """Whole networks against the strongest dense baseline."""
@@ -146,6 +147,8 @@ def run(
                 rows += measure(network, size, tuple(keep) or PARTS[network], (block, block), budget)
                 bar.advance(task)
     print_models(rows)
+    if merge:
+        rows = report.merge(report.path_of(name), rows, ("model", "batch", "keep", "block"))
     path = report.save(name, rows)
     pictures.draw_models(rows, path.with_suffix(".png"))
     report.console.print(f"wrote {path.name} and {path.with_suffix('.png').name} in {path.parent.name}/")

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 console = Console()
@@ -47,12 +48,29 @@ def _cpu_model() -> str:
     return f"{brand} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
 
 
-def save(name: str, rows: Sequence[dict[str, Any]], folder: Path = RESULTS, **more: Any) -> Path:
+def merge(old: Path, rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
+    """The rows of a results file of this machine, with new ones in place of those that agree on `keys`."""
+    if not old.exists():
+        return list(rows)
+    data = load(old)
+    theirs, mine = ({**m, "date": ""} for m in (data["machine"], machine()))
+    if theirs != mine:
+        raise ValueError(f"{old.name} is from another machine or torch ({theirs}): write to another --name")
+    new = {tuple(row[k] for k in keys): row for row in rows}
+    kept = [new.pop(tuple(row[k] for k in keys), row) for row in data["rows"]]
+    return [*kept, *new.values()]
+
+
+def save(name: str, rows: Sequence[Row], folder: Path = RESULTS, **more: Any) -> Path:
     """Writes `<folder>/<name>.json`: the machine, the rows, and whatever else is given."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = path_of(name, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **more, "rows": list(rows)}, indent=1) + "\n")
     return path
+
+
+def path_of(name: str, folder: Path = RESULTS) -> Path:
+    return folder / f"{name}.json"
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -125,6 +125,18 @@ def test_summary_is_the_geometric_mean_over_convolutions() -> None:
     assert mean["worst_auto"] == 1.0
 
 
+def test_merging_replaces_equal_rows_and_keeps_the_others(tmp_path: Path) -> None:
+    path = report.save("layers", [_row(1.0), _row(2.0, batch=1)], tmp_path)
+    rows = report.merge(path, [_row(3.0), _row(4.0, batch=2)], ("shape", "batch"))
+    assert [(r["batch"], r["speedup"]["auto"]) for r in rows] == [(8, 3.0), (1, 2.0), (2, 4.0)]
+    assert report.merge(tmp_path / "none.json", rows, ("shape", "batch")) == rows
+    data = json.loads(path.read_text())
+    data["machine"]["torch"] = "1.0"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="another machine"):
+        report.merge(path, rows, ("shape", "batch"))
+
+
 def test_readme_sections_are_rewritten_from_results(tmp_path: Path) -> None:
     rows = [_row(2.0)]
     path = report.save("layers", rows, tmp_path, summary=pictures.summarize(rows))
