@@ -226,8 +226,12 @@ def sparse_cost(
 
 def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
     """(pixels, vector lanes) that the inner loop works on."""
-    tile = variants.register_tile(block[0], device.vector_lanes, device.vector_registers)
-    return (min(tile.pixels, variants.cache_friendly_pixels(site, device)), tile.lanes) if tile else (1, 1)
+    tile = variants.register_tile(block, device.vector_lanes, device.vector_registers)
+    return (
+        (min(tile.pixels, variants.cache_friendly_pixels(site, device)), tile.lanes // tile.split)
+        if tile
+        else (1, 1)
+    )
 
 
 def epilogue_seconds(site: Site, block: BlockShape, device: DeviceSpec) -> sympy.Expr:

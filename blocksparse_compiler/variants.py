@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from .devices import DeviceSpec
 from .errors import PlanError
-from .pattern import BlockPattern
+from .pattern import BlockPattern, BlockShape
 from .plan import Site
 
 Parameters = dict[str, "int | str"]
@@ -52,29 +52,42 @@ def _number(text: str) -> int | str:
 
 @dataclass(frozen=True)
 class RegisterTile:
-    """What one pass of the inner loop keeps in registers: `pixels` x (`vectors` * `lanes`) outputs."""
+    """What one pass of the inner loop keeps in registers.
+
+    Args:
+        pixels, vectors: accumulators, each a vector.
+        lanes: floats of a vector.
+        split: neighbouring input channels that a vector handles at once; blocks lower than a vector fill
+            it so, each output channel taking `split` lanes.
+    """
 
     pixels: int
     vectors: int
     lanes: int
+    split: int = 1
 
     @property
     def width(self) -> int:
         """Output channels of the tile."""
-        return self.vectors * self.lanes
+        return self.vectors * self.lanes // self.split
 
 
-def register_tile(block_height: int, lanes: int, registers: int) -> RegisterTile | None:
-    """The register tile for blocks of this height on vectors of `lanes` floats; None if there is none.
+def register_tile(block_shape: BlockShape, lanes: int, registers: int) -> RegisterTile | None:
+    """The register tile for blocks `(bh, bw)` on vectors of `lanes` floats; None if there is none.
 
     One register holds each accumulator and each vector of weights, two are left for the inputs. Blocks
-    that are no multiple of a vector take the widest narrower vector that divides them.
+    that are no multiple of a vector take the widest narrower vector that divides them, if they cannot
+    be split.
     """
-    while lanes >= 4 and block_height % lanes:
+    bh, bw = block_shape
+    split = lanes // bh
+    if lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % split == 0:
+        return RegisterTile(min(28, registers - 4), 1, lanes, split)
+    while lanes >= 4 and bh % lanes:
         lanes //= 2
     if lanes < 4:
         return None
-    blocks = block_height // lanes
+    blocks = bh // lanes
     limit = 2 if lanes >= 8 else 4
     vectors = max(v for v in range(1, limit + 1) if blocks % v == 0)
     return RegisterTile(min(28, (registers - vectors - 2) // vectors), vectors, lanes)
@@ -127,7 +140,7 @@ def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[P
     `chunk`: pixel tiles that pass through all block rows together. `row_threads`: threads that share the
     block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
     """
-    tile = register_tile(pattern.block_shape[0], device.vector_lanes, device.vector_registers)
+    tile = register_tile(pattern.block_shape, device.vector_lanes, device.vector_registers)
     if tile is None:
         return []
     pointwise = math.prod(pattern.kernel_size) == 1

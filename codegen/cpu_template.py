@@ -129,6 +129,7 @@ class BlockSparseTemplate(CppTemplate):
             "bh": bh,
             "bw": bw,
             "lanes": tile.lanes,
+            "split": tile.split,
             "vectors": tile.vectors,
             "width": tile.width,
             "chunk": max(1, int(self.parameters.get("chunk", 4))),

@@ -179,7 +179,7 @@ class _Weight:
     def tile(self) -> RegisterTile:
         isa = pick_vec_isa()
         lanes = isa.nelements() if isa else 4
-        tile = register_tile(self.block_shape[0], lanes, 32 if lanes == 16 else 16)
+        tile = register_tile(self.block_shape, lanes, 32 if lanes == 16 else 16)
         if tile is None:
             raise Unsupported(f"block height {self.block_shape[0]}")
         return replace(tile, pixels=min(tile.pixels, int(self.config.parameters.get("pixels", tile.pixels))))

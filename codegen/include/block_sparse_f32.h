@@ -12,42 +12,115 @@
 
 namespace block_sparse {
 
-// A vector of LANES floats: torch's own at its native width, narrower ones for low blocks.
+// Operations on vectors of LANES floats: torch's own at its native width, narrower ones for low blocks.
 template <int LANES>
-struct Vector {
+struct Lanes {
   typedef float Value __attribute__((vector_size(4 * LANES)));
   typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-  Value value;
-  BLOCK_SPARSE_INLINE Vector load(const float* p) { return {*reinterpret_cast<const Unaligned*>(p)}; }
-  BLOCK_SPARSE_INLINE Vector broadcast(float x) { return {Value{} + x}; }
-  BLOCK_SPARSE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return {a.value * b.value + c.value}; }
-  BLOCK_SPARSE_INLINE void store(Vector a, float* p) { *reinterpret_cast<Unaligned*>(p) = a.value; }
+  BLOCK_SPARSE_INLINE Value load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { *reinterpret_cast<Unaligned*>(p) = a; }
+  BLOCK_SPARSE_INLINE Value broadcast(const float* p) { return Value{} + *p; }
+  BLOCK_SPARSE_INLINE Value multiply_add(const Value& a, const Value& b, const Value& c) { return a * b + c; }
 };
 
 #if defined(INDUCTOR_USE_VECTOR_TYPES) && INDUCTOR_USE_VECTOR_TYPES()
 template <>
-struct Vector<at::vec::Vectorized<float>::size()> {
+struct Lanes<at::vec::Vectorized<float>::size()> {
   using Value = at::vec::Vectorized<float>;
-  Value value;
-  BLOCK_SPARSE_INLINE Vector load(const float* p) { return {Value::loadu(p)}; }
-  BLOCK_SPARSE_INLINE Vector broadcast(float x) { return {Value(x)}; }
-  BLOCK_SPARSE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
-    return {at::vec::fmadd(a.value, b.value, c.value)};
+  BLOCK_SPARSE_INLINE Value load(const float* p) { return Value::loadu(p); }
+  BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { a.store(p); }
+  BLOCK_SPARSE_INLINE Value broadcast(const float* p) { return Value(*p); }
+  BLOCK_SPARSE_INLINE Value multiply_add(const Value& a, const Value& b, const Value& c) {
+    return at::vec::fmadd(a, b, c);
   }
-  BLOCK_SPARSE_INLINE void store(Vector a, float* p) { a.value.store(p); }
 };
 #endif
 
 #if defined(CPU_CAPABILITY_AVX512)
 template <>
-struct Vector<8> {
-  __m256 value;
-  BLOCK_SPARSE_INLINE Vector load(const float* p) { return {_mm256_loadu_ps(p)}; }
-  BLOCK_SPARSE_INLINE Vector broadcast(float x) { return {_mm256_set1_ps(x)}; }
-  BLOCK_SPARSE_INLINE Vector multiply_add(Vector a, Vector b, Vector c) {
-    return {_mm256_fmadd_ps(a.value, b.value, c.value)};
+struct Lanes<8> {
+  using Value = __m256;
+  BLOCK_SPARSE_INLINE Value load(const float* p) { return _mm256_loadu_ps(p); }
+  BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { _mm256_storeu_ps(p, a); }
+  BLOCK_SPARSE_INLINE Value broadcast(const float* p) { return _mm256_set1_ps(*p); }
+  BLOCK_SPARSE_INLINE Value multiply_add(const Value& a, const Value& b, const Value& c) {
+    return _mm256_fmadd_ps(a, b, c);
   }
-  BLOCK_SPARSE_INLINE void store(Vector a, float* p) { _mm256_storeu_ps(p, a.value); }
+};
+#endif
+
+// How a vector holds LANES / SPLIT output channels: each in SPLIT neighbouring lanes, one for each of SPLIT
+// neighbouring input channels. Blocks lower than a vector so use all its lanes.
+template <int LANES, int SPLIT>
+struct Channels : Lanes<LANES> {
+  static_assert(SPLIT == 1);
+  using Value = typename Lanes<LANES>::Value;
+  // Weights [SPLIT][LANES / SPLIT]; inputs [SPLIT]; bias and outputs [LANES / SPLIT].
+  BLOCK_SPARSE_INLINE Value weights(const float* p) { return Lanes<LANES>::load(p); }
+  BLOCK_SPARSE_INLINE Value inputs(const float* p) { return Lanes<LANES>::broadcast(p); }
+  BLOCK_SPARSE_INLINE Value bias(const float* p) { return Lanes<LANES>::load(p); }
+  BLOCK_SPARSE_INLINE void outputs(const Value& a, float* p) { Lanes<LANES>::store(a, p); }
+};
+
+#if defined(CPU_CAPABILITY_AVX512)
+template <>
+struct Channels<16, 2> : Lanes<16> {
+  BLOCK_SPARSE_INLINE Value weights(const float* p) {
+    const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    return _mm512_permutexvar_ps(order, _mm512_loadu_ps(p));
+  }
+  BLOCK_SPARSE_INLINE Value inputs(const float* p) {
+    double pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return _mm512_castpd_ps(_mm512_set1_pd(pair));
+  }
+  BLOCK_SPARSE_INLINE Value bias(const float* p) {
+    return _mm512_maskz_expand_ps(0x5555, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+  }
+  BLOCK_SPARSE_INLINE void outputs(const Value& a, float* p) {
+    const __m512 sums = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
+    _mm256_storeu_ps(p, _mm512_castps512_ps256(_mm512_maskz_compress_ps(0x5555, sums)));
+  }
+};
+
+template <>
+struct Channels<16, 4> : Lanes<16> {
+  BLOCK_SPARSE_INLINE Value weights(const float* p) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_ps(order, _mm512_loadu_ps(p));
+  }
+  BLOCK_SPARSE_INLINE Value inputs(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+  BLOCK_SPARSE_INLINE Value bias(const float* p) {
+    return _mm512_maskz_expand_ps(0x1111, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+  }
+  BLOCK_SPARSE_INLINE void outputs(const Value& a, float* p) {
+    const __m512 pairs = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
+    const __m512 sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4e));
+    _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums)));
+  }
+};
+#endif
+
+#if defined(CPU_CAPABILITY_AVX2)
+template <>
+struct Channels<8, 2> : Lanes<8> {
+  BLOCK_SPARSE_INLINE Value weights(const float* p) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), order);
+  }
+  BLOCK_SPARSE_INLINE Value inputs(const float* p) {
+    double pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    return _mm256_castpd_ps(_mm256_set1_pd(pair));
+  }
+  BLOCK_SPARSE_INLINE Value bias(const float* p) {
+    const __m128 b = _mm_loadu_ps(p), zero = _mm_setzero_ps();
+    return _mm256_set_m128(_mm_unpackhi_ps(b, zero), _mm_unpacklo_ps(b, zero));
+  }
+  BLOCK_SPARSE_INLINE void outputs(const Value& a, float* p) {
+    const __m256 v = a;
+    _mm_storeu_ps(p, _mm_hadd_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+  }
 };
 #endif
 
@@ -75,25 +148,27 @@ struct BlockRow {
 enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4 };
 
 // A register tile: SEGMENTS x SEGMENT pixels, STEP floats apart in the input, by VECTORS vectors of channels.
-template <int LANES, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH, int FLUSH>
+template <int LANES, int SPLIT, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH, int FLUSH>
 struct Tile {
-  using Vec = Vector<LANES>;
+  using Vec = Channels<LANES, SPLIT>;
+  using Value = typename Vec::Value;
   static constexpr int PIXELS = SEGMENTS * SEGMENT;
-  typedef Vec Accumulators[PIXELS][VECTORS];
+  static_assert(BW % SPLIT == 0 && (SPLIT == 1 || BH == LANES / SPLIT));
+  typedef Value Accumulators[PIXELS][VECTORS];
 
   // acc += x * w for one kept tile. SKIP names the pixel of each segment that is outside the image.
   template <int SKIP>
   BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const float* const (&x)[SEGMENTS], const float* w) {
 #pragma GCC unroll 1
-    for (int k = 0; k < BW; ++k) {
-      Vec wk[VECTORS];
+    for (int k = 0; k < BW; k += SPLIT) {
+      Value wk[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::load(w + k * BH + j * LANES);
+      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * LANES);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const int i = p % SEGMENT;
         if ((SKIP == LEFT && i == 0) || (SKIP == RIGHT && i == SEGMENT - 1)) continue;
-        const Vec xp = Vec::broadcast(x[p / SEGMENT][i * STEP + k]);
+        const Value xp = Vec::inputs(x[p / SEGMENT] + i * STEP + k);
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) acc[p][j] = Vec::multiply_add(xp, wk[j], acc[p][j]);
       }
@@ -103,13 +178,13 @@ struct Tile {
   // The same with any set of pixels outside the image: those read zeros.
   BLOCK_SPARSE_INLINE void multiply_any(Accumulators& acc, const float* const (&x)[PIXELS], const float* w) {
 #pragma GCC unroll 1
-    for (int k = 0; k < BW; ++k) {
-      Vec wk[VECTORS];
+    for (int k = 0; k < BW; k += SPLIT) {
+      Value wk[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::load(w + k * BH + j * LANES);
+      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * LANES);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
-        const Vec xp = Vec::broadcast(x[p][k]);
+        const Value xp = Vec::inputs(x[p] + k);
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; ++j) acc[p][j] = Vec::multiply_add(xp, wk[j], acc[p][j]);
       }
@@ -150,27 +225,18 @@ struct Tile {
   BLOCK_SPARSE_INLINE void start(Accumulators& acc, const float* bias) {
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
-      const Vec b = bias ? Vec::load(bias + j * LANES) : Vec::broadcast(0.0f);
+      const Value b = bias ? Vec::bias(bias + j * LANES) : Value{};
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) acc[p][j] = b;
     }
   }
 
+  // out[PIXELS][output channels]
   BLOCK_SPARSE_INLINE void finish(const Accumulators& acc, float* out) {
 #pragma GCC unroll 64
     for (int p = 0; p < PIXELS; ++p) {
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) Vec::store(acc[p][j], out + (p * VECTORS + j) * LANES);
-    }
-  }
-
-  BLOCK_SPARSE_INLINE void add(Accumulators& acc, const float* from) {
-#pragma GCC unroll 64
-    for (int p = 0; p < PIXELS; ++p) {
-#pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) {
-        acc[p][j].value = acc[p][j].value + Vec::load(from + (p * VECTORS + j) * LANES).value;
-      }
+      for (int j = 0; j < VECTORS; ++j) Vec::outputs(acc[p][j], out + (p * VECTORS + j) * (LANES / SPLIT));
     }
   }
 
@@ -182,12 +248,31 @@ struct Tile {
     bool flushed = false;
   };
 
+  BLOCK_SPARSE_INLINE void save(const Accumulators& acc, PartialSums& sums) {
+#pragma GCC unroll 64
+    for (int p = 0; p < PIXELS; ++p) {
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) Vec::store(acc[p][j], sums.total + (p * VECTORS + j) * LANES);
+    }
+  }
+
+  BLOCK_SPARSE_INLINE void add(Accumulators& acc, const PartialSums& sums) {
+    if (!sums.flushed) return;
+#pragma GCC unroll 64
+    for (int p = 0; p < PIXELS; ++p) {
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) {
+        acc[p][j] = acc[p][j] + Vec::load(sums.total + (p * VECTORS + j) * LANES);
+      }
+    }
+  }
+
   // The end of the part of tiles [begin, end) that fits the sum at hand; makes room if that is full.
   BLOCK_SPARSE_INLINE int32_t next_part(Accumulators& acc, PartialSums& sums, int32_t begin, int32_t end) {
     if (FLUSH == 0) return end;
     if (sums.tiles == FLUSH) {
-      if (sums.flushed) add(acc, sums.total);
-      finish(acc, sums.total);
+      add(acc, sums);
+      save(acc, sums);
       start(acc, nullptr);
       sums.flushed = true;
       sums.tiles = 0;
@@ -207,7 +292,7 @@ struct Tile {
       stop = next_part(acc, sums, begin, end);
       multiply_tap<INSIDE>(acc, {x}, {-1}, row, begin, stop);
     }
-    if (sums.flushed) add(acc, sums.total);
+    add(acc, sums);
     finish(acc, out);
   }
 
@@ -258,7 +343,7 @@ struct Tile {
         }
       }
     }
-    if (sums.flushed) add(acc, sums.total);
+    add(acc, sums);
     finish(acc, out);
   }
 };

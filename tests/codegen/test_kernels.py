@@ -33,6 +33,9 @@ TRICKY = [
     Case((2, 40, 6, 6), 50, (3, 3), padding=(1, 1, 1, 1)),
     Case((2, 40, 5, 5), 50, (1, 1), (8, 8)),
     Case((2, 24, 5, 5), 20, (1, 1), (4, 3)),
+    Case((2, 24, 7, 5), 22, (3, 3), (4, 4), padding=(1, 1, 1, 1)),
+    Case((2, 256, 5, 5), 20, (1, 1), (8, 8), density=0.9),
+    Case((2, 29, 5, 20), 24, (3, 3), (24, 7), padding=(1, 1, 1, 1)),
     Case((2, 64, 14, 14), 128, (1, 1), (64, 64)),
     Case((2, 64, 5, 5), 100, (3, 3), (64, 32), padding=(1, 1, 1, 1)),
     Case((2, 48, 6, 6), 48, (3, 3), (48, 24), padding=(1, 1, 1, 1)),
@@ -67,7 +70,7 @@ def test_tricky_shapes():
 def cases(draw):
     size = st.integers(1, 20)
     small = st.integers(1, 3)
-    block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (16, 8), (32, 5)]))
+    block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (4, 4), (16, 8), (32, 5)]))
     channels = draw(st.integers(block[1], 70)), draw(st.integers(block[0], 70))
     common = {
         "out_channels": channels[1],

@@ -26,6 +26,7 @@ cases = [
     Case((1, 16, 6, 15), 16, (5, 3), (16, 16), stride=(1, 2), padding=(2, 2, 2, 2)),
     Case((3, 32, 4, 4), 32, (3, 3), (8, 8), padding=pad),
     Case((5, 32), 48, (), (16, 16)),
+    Case((5, 32), 40, (), (4, 4)),
 ]
 module = Layers(cases)
 xs = [case.input() for case in cases]
@@ -39,7 +40,7 @@ for text in sys.argv[1:]:
 
 @pytest.mark.parametrize(
     "capability, tiles",
-    [("avx2", ["Tile<8, 2, ", "Tile<8, 1, "]), ("default", ["Tile<4, 4, ", "Tile<4, 2, "])],
+    [("avx2", ["Tile<8, 1, 2, ", "Tile<8, 2, 1, "]), ("default", ["Tile<4, 1, 4, ", "Tile<4, 1, 2, "])],
 )
 def test_other_vector_widths(capability, tiles):
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(HELPERS)}

@@ -45,24 +45,30 @@ def test_bad_kernel_text(text):
 @pytest.mark.parametrize(
     "lanes, registers, block, expected",
     [
-        (16, 32, 32, (14, 2, 16)),
-        (16, 32, 16, (28, 1, 16)),
-        (16, 32, 64, (14, 2, 16)),
-        (16, 32, 48, (28, 1, 16)),
-        (16, 32, 8, (28, 1, 8)),
-        (8, 16, 32, (6, 2, 8)),
-        (4, 16, 32, (2, 4, 4)),
+        (16, 32, (32, 32), (14, 2, 16, 1)),
+        (16, 32, (16, 16), (28, 1, 16, 1)),
+        (16, 32, (64, 8), (14, 2, 16, 1)),
+        (16, 32, (48, 16), (28, 1, 16, 1)),
+        # Low blocks fill a vector with two or four input channels, if their width allows.
+        (16, 32, (8, 8), (28, 1, 16, 2)),
+        (16, 32, (4, 4), (28, 1, 16, 4)),
+        (16, 32, (8, 3), (28, 1, 8, 1)),
+        (16, 32, (24, 8), (28, 1, 8, 1)),
+        (8, 16, (32, 32), (6, 2, 8, 1)),
+        (8, 16, (8, 8), (13, 1, 8, 1)),
+        (8, 16, (4, 4), (12, 1, 8, 2)),
+        (4, 16, (32, 32), (2, 4, 4, 1)),
     ],
 )
 def test_register_tile(lanes, registers, block, expected):
     tile = register_tile(block, lanes, registers)
-    assert (tile.pixels, tile.vectors, tile.lanes) == expected
+    assert (tile.pixels, tile.vectors, tile.lanes, tile.split) == expected
     assert tile.pixels * tile.vectors + tile.vectors + 1 < registers
-    assert block % tile.width == 0
+    assert block[0] % tile.width == 0 and block[1] % tile.split == 0
 
 
 def test_no_register_tile_for_odd_blocks():
-    assert register_tile(6, 16, 32) is None
+    assert register_tile((6, 8), 16, 32) is None
 
 
 @pytest.mark.parametrize(
