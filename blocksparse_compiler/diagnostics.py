@@ -69,7 +69,7 @@ def _compiler() -> str:
 
 
 def _backend() -> str:
-    known = torch._dynamo.list_backends(exclude_tags=())
+    known = torch.compiler.list_backends(exclude_tags=())
     return (
         "found by torch.compile" if "blocksparse" in known else "not registered: install the package with pip"
     )
