@@ -7,6 +7,7 @@ All samples are taken in turn, so that a busy machine slows all alike: decisions
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import statistics
@@ -267,7 +268,9 @@ def with_sparse_efficiencies(
     Where one is above 1, the peak was taken too low: all become fractions of a higher one.
     """
     ours = {
-        name: fit_efficiency(layer.site, layer.pattern, spec, times[name]) for name, layer in layers.items()
+        name: fit_efficiency(layer.site, layer.pattern, spec, times[name])
+        for name, layer in layers.items()
+        if layer.pattern is not None
     }
     scale = max(1.0, *ours.values())
     peak = spec.peak_fp32_flops_per_second_per_thread * scale
@@ -304,7 +307,7 @@ def _measure(layers: Mapping[str, Layer], seconds: float) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {_EMPTY: tune.call_cost()}
     for name, layer in layers.items():
         run, x = tune.compile_candidate(layer.site, layer.pattern, layer.kernel, layer.config)
-        calls[name] = lambda run=run, x=x: run(x)
+        calls[name] = functools.partial(run, x)
     with torch.no_grad(), alone():
         times = tune.interleave(calls, seconds)
     unrest = statistics.median(times[name].median / times[name].minimum for name in layers)

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from .errors import BlockSparseError, OptionError
+from .pattern import check_block_shape
 
 app = typer.Typer(
     name="blocksparse",
@@ -70,7 +71,7 @@ def explain(
     """
     from .explain import explain as explain_model
 
-    shape = _sizes(block_shape, "--block-shape") if block_shape else None
+    shape = check_block_shape(_sizes(block_shape, "--block-shape"), "--block-shape") if block_shape else None
     explanation = explain_model(
         load_model(model), *map(example_input, input), device=device, block_shape=shape
     )

@@ -56,7 +56,7 @@ class Explanation:
         """
         from .sources import kernel_sources
 
-        if self.device != find_device(None):
+        if self._model is None or self.device != find_device(None):
             raise OptionError(
                 "Explanation.kernels",
                 "a plan for this machine",

@@ -203,7 +203,7 @@ def sparse_cost(
         variant: name of the kernel variant, for figures measured for it alone.
     """
     if isinstance(pattern, BlockPattern):
-        block, kept, skew = pattern.block_shape, pattern.kept_elements, _row_skew(pattern, device)
+        block, kept, skew = pattern.block_shape, float(pattern.kept_elements), _row_skew(pattern, device)
     else:
         block, kept, skew = pattern, density * weight_elements(site), 1.0
     pixels = positions(site)

@@ -7,6 +7,7 @@ in the kept tiles: the time does not depend on their values.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import statistics
@@ -79,7 +80,7 @@ def _call(graph: fx.Graph, site: Site, x: fx.Node, operands: list[fx.Node]) -> f
         before = [0] * len(before)
     geometry = (list(site.stride), before, list(site.dilation), site.transposed)
     output_padding = list(site.output_padding) or [0] * len(before)
-    arguments = (x, *operands, *geometry, output_padding, site.groups)
+    arguments: Any = (x, *operands, *geometry, output_padding, site.groups)
     return graph.call_function(torch.ops.aten.convolution.default, arguments)
 
 
@@ -293,7 +294,7 @@ def _timings(
     calls: dict[str, Callable[[], Any]] = {_EMPTY: call_cost()}
     with torch.no_grad():
         for label, (run, x) in runs.items():
-            calls[label] = lambda run=run, x=x: run(x)
+            calls[label] = functools.partial(run, x)
         measured = interleave(calls, seconds)
     empty = measured.pop(_EMPTY).median
     timings = {label: max(timing.median - empty, 1e-7) for label, timing in measured.items()}
