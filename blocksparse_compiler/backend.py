@@ -20,7 +20,7 @@ from .errors import BlockSparseError
 from .options import BackendOptions
 from .passes.lower_sites import remove_unused_constants
 from .passes.pipeline import PassContext, run_pipeline
-from .passes.writes import written_nodes
+from .passes.writes import returned_nodes, written_nodes
 from .plan import Plan
 from .planning import copy_graph
 from .progress import ProgressLine, progress_line
@@ -84,13 +84,13 @@ class CompiledGraph:
         self._options, self._config = options, config
         self._original = copy_graph(gm)
         self._fake_mode = inductor_api.current_fake_mode()
-        mutated = written_nodes(gm)
+        unfrozen = written_nodes(gm) | returned_nodes(gm)
         self._static: list[int] = []
         self._dynamic: list[int] = []
         for i, (node, value) in enumerate(
             zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
         ):
-            frozen = inductor_api.is_static_input(value) and node not in mutated
+            frozen = inductor_api.is_static_input(value) and node not in unfrozen
             (self._static if frozen else self._dynamic).append(i)
         self._recompiles = 0
         self._frozen = True
@@ -160,7 +160,10 @@ class CompiledGraph:
         def tune(graph: GraphModule, plan: Plan) -> Plan:
             from .tune import tune_plan
 
-            return tune_plan(graph, plan, device, allow_dense=allow_dense, progress=on_layer)
+            shape = options.block_shape
+            return tune_plan(
+                graph, plan, device, block_shape=shape, allow_dense=allow_dense, progress=on_layer
+            )
 
         def on_layer(name: str, done: int, total: int) -> None:
             line.update(f"measuring {name}", done, total)

@@ -30,12 +30,11 @@ def fold_batch_norm(gm: GraphModule) -> int:
 
 
 def _can_fold(layer: LayerCall, norm: NormCall, values: StaticValues) -> bool:
-    # A linear layer's channel axis is its last, batch norm's is axis 1: equal for 2-D inputs only.
-    result = tensor_meta(layer.node)
-    if not layer.spatial_dims and (result is None or result.dim() != 2):
-        return False
-    weight = tensor_meta(layer.weight)
+    result, weight = tensor_meta(layer.node), tensor_meta(layer.weight)
     if result is None or weight is None or result.dtype != weight.dtype:  # autocast computes in another dtype
+        return False
+    # Batch norm's channel axis is 1: not that of unbatched convolutions, nor of linear layers beyond 2-D.
+    if result.dim() != layer.spatial_dims + 2:
         return False
     tensors = [layer.weight, norm.mean, norm.var]
     tensors += [t for t in (layer.bias, norm.weight, norm.bias) if t is not None]

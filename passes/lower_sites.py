@@ -24,9 +24,11 @@ def lower_sites(gm: GraphModule, plan: Plan) -> int:
         PlanError: if a decision names a node that is not in the graph. Nothing is changed then.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
-    work = [(_call(nodes, decision), decision) for decision in plan if not decision.is_dense]
+    work = [(_call(nodes, decision).node, decision) for decision in plan if not decision.is_dense]
     values = StaticValues(gm)
-    for call, decision in work:
+    for node, decision in work:
+        call = layer_call(node)  # read again: the layer before it may have been replaced
+        assert call is not None
         _lower(gm, call, decision, values)
     if work:
         remove_unused_constants(gm)

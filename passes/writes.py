@@ -33,11 +33,14 @@ _NAMES: dict[Any, tuple[str, ...]] = {
 
 def written_nodes(gm: GraphModule) -> set[Node]:
     """Every node whose tensor the graph writes to, or shares memory with one that it writes to."""
-    written = {operand for node in gm.graph.nodes for operand in written_operands(node)}
-    if not written:
-        return written
-    storages = {storage for node in written if (storage := _storage(node)) is not None}
-    return written | {node for node in gm.graph.nodes if _storage(node) in storages}
+    return _sharing_memory(gm, {o for node in gm.graph.nodes for o in written_operands(node)})
+
+
+def returned_nodes(gm: GraphModule) -> set[Node]:
+    """Every node whose tensor the graph returns, or that shares memory with one that it returns."""
+    return _sharing_memory(
+        gm, {n for output in gm.graph.find_nodes(op="output") for n in output.all_input_nodes}
+    )
 
 
 def written_operands(node: Node) -> list[Node]:
@@ -45,17 +48,26 @@ def written_operands(node: Node) -> list[Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return list(node.all_input_nodes)  # its body is a graph of its own: it may write to any
+        return list(node.all_input_nodes) if _body_writes(node) else []
     if getattr(node.target, "__name__", "") in _IN_PLACE_OPERATORS:
         return _nodes(node.args[0])
     positions, names = _written_arguments(node.target)
     found = [a for i, a in enumerate(node.args) if i in positions]
     found += [a for name, a in node.kwargs.items() if name in names]
-    bound = {**dict(zip(_argument_names(node.target), node.args, strict=False)), **node.kwargs}
+    defaults = _defaults(node.target)
+    bound = {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
     for switch, arguments in _SWITCHES.items():
         if bound.get(switch) not in (None, False):
             found += [bound.get(name) for name in arguments]
     return _nodes(found)
+
+
+def _body_writes(node: Node) -> bool:
+    """Whether the graphs that a higher-order operator runs may write to its operands; without graphs, yes."""
+    attributes = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    values = [getattr(node.graph.owning_module, n.target, None) for n in attributes]
+    bodies = [value for value in values if isinstance(value, GraphModule)]
+    return not bodies or any(n.op == "placeholder" for body in bodies for n in written_nodes(body))
 
 
 @functools.cache
@@ -80,21 +92,28 @@ def _written_arguments(target: Any) -> tuple[frozenset[int], frozenset[str]]:
 
 
 @functools.cache
-def _argument_names(target: Any) -> tuple[str, ...]:
+def _defaults(target: Any) -> dict[str, Any]:
+    """The arguments of a function in order, with their default values; None where there is none."""
     if target in _NAMES:
-        return _NAMES[target]
+        return dict.fromkeys(_NAMES[target])
     if isinstance(target, torch._ops.OpOverload):
-        return tuple(argument.name for argument in target._schema.arguments)
+        return {argument.name: argument.default_value for argument in target._schema.arguments}
     try:
-        return tuple(inspect.signature(target).parameters)
+        parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):  # a method's name, or a function written in C
-        return ()
+        return {}
+    return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
 
 def _nodes(values: Any) -> list[Node]:
     found: list[Node] = []
     map_aggregate(values, lambda value: found.append(value) if isinstance(value, Node) else None)
     return found
+
+
+def _sharing_memory(gm: GraphModule, chosen: set[Node]) -> set[Node]:
+    storages = {storage for node in chosen if (storage := _storage(node)) is not None}
+    return chosen | {node for node in gm.graph.nodes if _storage(node) in storages} if storages else chosen
 
 
 def _storage(node: Node) -> int | None:

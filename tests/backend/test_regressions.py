@@ -1,0 +1,146 @@
+"""Cases that once went wrong: each compiled model must equal eager."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from blocksparse_compiler import BlockPattern
+from blocksparse_compiler.backend import compiled_graphs
+
+
+class Model(nn.Module):
+    """`forward(self, *args)` over a half-empty 64 x 64 weight and whatever other parameters are given."""
+
+    def __init__(self, forward, **parameters):
+        super().__init__()
+        torch.manual_seed(0)
+        weight = torch.randn(64, 64)
+        weight[:32, :32] = weight[32:, 32:] = 0
+        self.weight = nn.Parameter(weight)
+        for name, value in parameters.items():
+            setattr(self, name, value)
+        self._forward = forward
+
+    def forward(self, *args):
+        return self._forward(self, *args)
+
+
+def halve(model, block=32):
+    """Zeroes a checkerboard of blocks in every layer, and wakes up batch norms."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+            full = BlockPattern.full(layer.weight.shape, (block, block))
+            rows, taps, cols = full.grid_shape
+            keep = (torch.arange(rows)[:, None] + torch.arange(cols)) % 2 == 0
+            layer.weight.data = full.with_kept(keep[:, None].expand(rows, taps, cols)).apply(
+                layer.weight.data
+            )
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.running_mean.normal_()
+            layer.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def check(model, *inputs, sparse=None):
+    """Compiled equals eager; `sparse`: how many layers run on a block-sparse kernel."""
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="blocksparse", fullgraph=True, options={"dense": "never"})
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+    if sparse is not None:
+        assert sum(not d.is_dense for d in compiled_graphs()[-1].plan) == sparse
+    return fast
+
+
+def test_weights_written_in_the_graph():
+    def through_a_flag(self, x):
+        weight = self.weight * 1
+        F.relu(weight, inplace=True)
+        return F.linear(x, weight)
+
+    def as_out(self, x):
+        weight = torch.empty(64, 64)
+        torch.mul(self.weight, 2, out=weight)
+        return F.linear(x, weight)
+
+    x = torch.randn(6, 64)
+    check(Model(through_a_flag), x, sparse=0)
+    check(Model(as_out), x, sparse=0)
+
+
+def test_random_weights_are_drawn_on_every_call():
+    def noisy(self, x):
+        return F.linear(x, self.weight + torch.normal(0.0, 1.0, (64, 64)))
+
+    torch._dynamo.reset()
+    fast, x = torch.compile(Model(noisy), backend="blocksparse", fullgraph=True), torch.randn(6, 64)
+    with torch.no_grad():
+        assert not torch.allclose(fast(x), fast(x))
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [torch.randn(1), torch.tensor(3.0), torch.randn(6, 64), torch.randn(128)[::2], torch.randn(1).expand(64)],
+    ids=["one element", "scalar", "matrix", "strided", "expanded"],
+)
+def test_biases_of_any_shape_and_layout(bias):
+    model = Model(lambda self, x: F.linear(x, self.weight, self.bias), bias=nn.Parameter(bias))
+    check(model, torch.randn(6, 64), sparse=1)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda b: b[:, 1], lambda b: b[0, :1].expand(64), lambda b: b.flatten()[3:67], lambda b: b.sin()[:, 1]],
+)
+def test_biases_computed_from_an_input(view):
+    model = Model(lambda self, x, b: F.linear(x, self.weight, view(b)))
+    check(model, torch.randn(6, 64), torch.randn(64, 2), sparse=1)
+
+
+def test_batch_norm_behind_an_unbatched_convolution_has_other_channels():
+    class Unbatched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(32, 32, 3, padding=1), nn.BatchNorm1d(32)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    check(halve(Unbatched(), 8), torch.randn(32, 32))
+
+
+def test_layers_directly_behind_each_other():
+    check(halve(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))), torch.randn(6, 64), sparse=2)
+
+
+@torch.no_grad()
+def test_symbolic_sequence_lengths_keep_their_kernel(caplog):
+    model = halve(nn.Sequential(nn.Linear(64, 64), nn.GELU()))
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="blocksparse", dynamic=True, options={"dense": "never"})
+    with caplog.at_level(logging.WARNING, "blocksparse_compiler"):
+        for shape in ((2, 7, 64), (3, 9, 64)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert "without a generated kernel" not in caplog.text
+
+
+@torch.no_grad()
+def test_an_empty_input_stays_dense_with_a_reason(caplog):
+    with caplog.at_level(logging.WARNING, "blocksparse_compiler"):
+        check(halve(nn.Sequential(nn.Linear(64, 64))), torch.randn(0, 64))
+    (decision,) = compiled_graphs()[-1].plan
+    assert "empty" in decision.reason and "failed" not in caplog.text
+
+
+@torch.no_grad()
+def test_returned_parameters_are_the_models_own():
+    model = Model(lambda self, x: (F.linear(x, self.weight), self.weight, self.weight[:2]))
+    fast = check(model, torch.randn(6, 64))
+    _, weight, view = fast(torch.randn(6, 64))
+    assert weight is model.weight and view.requires_grad and view.data_ptr() == weight.data_ptr()
