@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from .inductor_api import FloorDiv, ModularIndexing, V, ir
+from .inductor_api import FloorDiv, ModularIndexing, ir
 
 _COSTLY = ("erf", "exp", "tanh", "log", "sigmoid", "pow", "sin", "cos", "sqrt", " / ")
 """Where an epilogue computes one of these, unrolling it over the tile costs code and gains nothing."""
@@ -62,8 +62,7 @@ def as_matrix(buffer: Any, pixels: Any, channels: Any) -> Any:
 def reindexer(node: Any, pixels: Any, channels: Any) -> Callable[[Sequence[Any]], list[Any]]:
     """Maps `[pixel, channel]` to the index of an epilogue node that lies in memory as that matrix."""
     sizes, strides = node.get_size(), node.get_layout().stride
-    hints = V.graph.sizevars.optimization_hints(strides) if strides else ()
-    order = sorted((d for d in range(len(sizes)) if sizes[d] != 1), key=lambda d: -hints[d])
+    order = sorted((d for d in range(len(sizes)) if sizes[d] != 1), key=lambda d: -_typical(strides[d]))
     ordered = [sizes[d] for d in order]
     # Where the node's dimensions split at the channels, no index needs a division by their number.
     splits = (i for i in range(len(order) + 1) if sympy.prod(ordered[i:]) == channels)
@@ -81,6 +80,12 @@ def reindexer(node: Any, pixels: Any, channels: Any) -> Callable[[Sequence[Any]]
         return result
 
     return reindex
+
+
+def _typical(size: Any) -> int:
+    """A value that orders the strides of a dense layout: every symbol stands for a large number."""
+    size = sympy.sympify(size)
+    return int(size.subs(dict.fromkeys(size.free_symbols, 1009)))
 
 
 def _unflatten(index: Any, sizes: Sequence[Any]) -> list[Any]:
