@@ -31,7 +31,7 @@ OVERLAP = 0.5
 DEFAULT_HINT = 8
 """Stands in for a symbolic size without a hint."""
 
-FEW_ROWS = 32
+FEW_ROWS = 16
 """Linear layers on fewer rows have a dense efficiency of their own."""
 
 _BYTES = 4
