@@ -8,6 +8,7 @@ process on the cache that the cold one left. Importing torch and building the mo
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
+
+from blocksparse_compiler.devices import device
 
 from . import baselines, models, report, zoo
 
@@ -42,10 +45,11 @@ def first_call_seconds(backend: str, name: str, keep: str, batch: int) -> float:
 
 
 def warm_up() -> None:
-    """Imports what every `torch.compile` imports, and calibrates this machine if that was never done."""
+    """Imports what either backend needs, and calibrates this machine if that was never done."""
+    for module in ("torch._inductor.compile_fx", "blocksparse_compiler.backend"):
+        importlib.import_module(module)
     baselines.compiled(lambda t: t + 1, backend="aot_eager")(torch.zeros(1))
-
-    from blocksparse_compiler import backend  # noqa: F401
+    device()
 
 
 def in_subprocess(backend: str, name: str, keep: str, batch: int, cache: str) -> float:
