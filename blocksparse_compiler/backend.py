@@ -6,7 +6,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from .weight_guard import WeightGuard
 log = logging.getLogger("blocksparse_compiler")
 
 MAX_RECOMPILES = 8
+"""Per set of weights that is in use."""
+MAX_VERSIONS = 64
 _alive: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
 _serial = itertools.count()
 
@@ -70,8 +72,18 @@ def compiled_graphs() -> list[CompiledGraph]:
     return sorted(_alive, key=lambda graph: graph.serial)
 
 
+class _Version(NamedTuple):
+    """A graph compiled for one set of weights."""
+
+    run: Callable[..., Any]
+    guard: WeightGuard
+
+
 class CompiledGraph:
-    """One frozen inference graph, recompiled when its weights change."""
+    """One frozen inference graph, compiled for each set of weights it meets, and again when one changes.
+
+    `plan` is that of the latest compilation.
+    """
 
     def __init__(
         self,
@@ -92,38 +104,47 @@ class CompiledGraph:
         ):
             frozen = inductor_api.is_static_input(value) and node not in unfrozen
             (self._static if frozen else self._dynamic).append(i)
-        self._recompiles = 0
-        self._frozen = True
+        self._versions: list[_Version] = []
+        self._compilations = 0
+        self._unfrozen: Callable[..., Any] | None = None
         self.serial = next(_serial)
-        self._compile(example_inputs)
+        self._add_version(example_inputs)
         _alive.add(self)
 
     def __call__(self, *args: Any) -> Any:
-        if self._frozen and self._guard.changed([args[i] for i in self._static]):
-            self._recompile(args)
-        if not self._frozen:
-            return self._run(*args)
-        return self._run(*[args[i] for i in self._dynamic])
+        if self._unfrozen is not None:
+            return self._unfrozen(*args)
+        statics = [args[i] for i in self._static]
+        version = next((v for v in self._versions if v.guard.watches(statics)), None)
+        if version is None or version.guard.changed(statics):
+            return self._compile_again(args, version)(*args)
+        return version.run(*[args[i] for i in self._dynamic])
 
-    def _recompile(self, args: Sequence[Any]) -> None:
-        self._recompiles += 1
-        if self._recompiles > MAX_RECOMPILES:
+    def _compile_again(self, args: Sequence[Any], outdated: _Version | None) -> Callable[..., Any]:
+        self._versions = [v for v in self._versions if v is not outdated and not v.guard.orphaned]
+        number = len(self._versions) + 1
+        # Blocks of one class, and models of one class, share this graph: each has weights of its own.
+        if number > MAX_VERSIONS or self._compilations >= number * (MAX_RECOMPILES + 1):
             log.warning(
                 "weights changed %d times since compilation: this graph now runs on Inductor's dense "
                 "kernels, which read weights anew on each call. Compile again once the weights are final.",
-                self._recompiles,
+                self._compilations,
             )
+            self._versions.clear()
             self._compile_unfrozen(args)
-            return
-        log.info("a weight changed after compilation: compiling again (%d)", self._recompiles)
+            return self
+        change = "other weights are in use" if outdated is None else "a weight changed after compilation"
+        log.info("%s: compiling again (%d)", change, self._compilations)
         with inductor_api.tracing(self._fake_mode):
-            self._compile(args)
+            self._add_version(args)
+        return self
 
-    def _compile(self, args: Sequence[Any]) -> None:
+    def _add_version(self, args: Sequence[Any]) -> None:
+        self._compilations += 1
         with progress_line() as line:
-            self._compile_frozen(args, line)
+            self._versions.append(self._compile_frozen(args, line))
 
-    def _compile_frozen(self, args: Sequence[Any], line: ProgressLine) -> None:
+    def _compile_frozen(self, args: Sequence[Any], line: ProgressLine) -> _Version:
         statics = [args[i] for i in self._static]
         gm = _freeze_inputs(copy_graph(self._original), dict(zip(self._static, statics, strict=True)))
         dump = GraphDump(self._options.dump_dir)
@@ -132,6 +153,18 @@ class CompiledGraph:
         sparse = sum(not d.is_dense for d in self.plan)
         line.update(f"generating code ({sparse} of {len(self.plan)} layers block-sparse)")
         inputs = [_example(node, args[i]) for node, i in self._dynamic_placeholders(args)]
+        with torch.no_grad(), dump.sources():
+            try:
+                run = self._inductor(lowered, inputs)
+            except Exception:
+                if not sparse:
+                    raise
+                log.exception("generating block-sparse kernels failed; this graph stays dense")
+                self.plan = Plan()
+                run = self._inductor(gm, inputs)
+        return _Version(run, WeightGuard(statics, self._options.guard))
+
+    def _inductor(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         config = {
             **self._config,
             "freezing": True,
@@ -139,21 +172,15 @@ class CompiledGraph:
             "force_layout_optimization": any(not d.is_dense and d.site.kernel_size for d in self.plan),
             "post_grad_custom_post_pass": inductor_api.cache_key_pass(source_digest(), self._config),
         }
-        with torch.no_grad(), dump.sources():
-            self._run = self._inductor(lowered, inputs, config)
-        self._guard = WeightGuard(statics, self._options.guard)
-
-    def _inductor(self, gm: GraphModule, inputs: list[Any], config: dict[str, Any]) -> Callable[..., Any]:
         try:
             return inductor_api.compile_fx(copy_graph(gm), inputs, config)
         except Exception as error:
             # Inductor cannot freeze some layers, float64 convolutions for one.
             log.info("Inductor failed with frozen weights, trying without: %s", error)
-            return inductor_api.compile_fx(gm, inputs, {**config, "freezing": False})
+            return inductor_api.compile_fx(copy_graph(gm), inputs, {**config, "freezing": False})
 
     def _lower(self, gm: GraphModule, dump: GraphDump, line: ProgressLine) -> tuple[GraphModule, Plan]:
         """Our passes on `gm`; the graph as it was, if they fail for a reason that is not the user's."""
-        lowerings.register()
         options, device = self._options, find_device(None)
         allow_dense = options.dense == "auto"
 
@@ -178,6 +205,7 @@ class CompiledGraph:
         )
         work = copy_graph(gm)
         try:
+            lowerings.register()
             plan = run_pipeline(work, context)
         except BlockSparseError:
             raise
@@ -193,8 +221,7 @@ class CompiledGraph:
             for node, value in zip(self._original.graph.find_nodes(op="placeholder"), args, strict=True)
         ]
         with inductor_api.tracing(self._fake_mode), torch.no_grad():
-            self._run = inductor_api.compile_fx(copy_graph(self._original), inputs, self._config)
-        self._frozen = False
+            self._unfrozen = inductor_api.compile_fx(copy_graph(self._original), inputs, self._config)
 
     def _dynamic_placeholders(self, args: Sequence[Any]) -> list[tuple[Node, int]]:
         nodes = list(self._original.graph.find_nodes(op="placeholder"))

@@ -7,7 +7,7 @@ all contents in turn. For ResNet-50 (268 tensors, 100 MB) that costs about 0.1 m
 
 from __future__ import annotations
 
-import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +20,7 @@ _SLICE_WORDS = 1 << 12  # compared in full per call, in turn
 
 
 class WeightGuard:
-    """Watches `tensors` as they are now.
+    """Watches `tensors` as they are now, without keeping them alive.
 
     Args:
         tensors: the tensors, in the order in which `changed` will be given their successors.
@@ -29,7 +29,7 @@ class WeightGuard:
 
     def __init__(self, tensors: Sequence[Tensor], level: str = "sample") -> None:
         self._level = level
-        self._tensors = list(tensors)
+        self._references = [weakref.ref(t) for t in tensors]
         self._counted = [i for i, t in enumerate(tensors) if not t.is_inference()]
         self._placed = [i for i, t in enumerate(tensors) if t.layout == torch.strided]
         self._versions, self._pointers = self._counters(tensors)
@@ -41,11 +41,20 @@ class WeightGuard:
 
     def changed(self, tensors: Sequence[Any]) -> bool:
         """Whether any of `tensors` is another tensor, or holds other values, than when watching began."""
-        if not all(map(operator.is_, tensors, self._tensors)):
+        if not self.watches(tensors):
             return True
         if self._counters(tensors) != (self._versions, self._pointers):
             return True
         return bool(self._slices) and (self._samples.changed() or self._contents_changed())
+
+    def watches(self, tensors: Sequence[Any]) -> bool:
+        """Whether these are the very tensors that watching began with, whatever they hold now."""
+        return all(ref() is t for ref, t in zip(self._references, tensors, strict=True))
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether a watched tensor is gone, so that nobody can ask about them all again."""
+        return any(ref() is None for ref in self._references)
 
     def _counters(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         versions = [tensors[i]._version for i in self._counted]

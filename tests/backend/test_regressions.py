@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from blocksparse_compiler import BlockPattern
-from blocksparse_compiler.backend import compiled_graphs
+from blocksparse_compiler.backend import MAX_RECOMPILES, compiled_graphs
+from blocksparse_compiler.codegen import cpu_template, lowerings
 
 
 class Model(nn.Module):
@@ -144,3 +148,56 @@ def test_returned_parameters_are_the_models_own():
     fast = check(model, torch.randn(6, 64))
     _, weight, view = fast(torch.randn(6, 64))
     assert weight is model.weight and view.requires_grad and view.data_ptr() == weight.data_ptr()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x + self.linear(x)
+
+
+@torch.no_grad()
+def test_blocks_that_share_their_code_have_weights_of_their_own(caplog):
+    blocks = halve(nn.Sequential(*[Block() for _ in range(MAX_RECOMPILES + 3)]))
+    expected, x = copy.deepcopy(blocks), torch.randn(6, 64)
+    torch._dynamo.reset()
+    for block in blocks:
+        block.compile(backend="blocksparse", options={"dense": "never"})
+    with caplog.at_level(logging.INFO, "blocksparse_compiler"):
+        for _ in range(2):
+            torch.testing.assert_close(blocks(x), expected(x), rtol=1e-4, atol=1e-4)
+        compilations = caplog.text.count("compiling again")
+        assert compilations == len(blocks) - 1
+        blocks[3].linear.weight.mul_(2)
+        expected[3].linear.weight.mul_(2)
+        torch.testing.assert_close(blocks(x), expected(x), rtol=1e-4, atol=1e-4)
+    assert caplog.text.count("compiling again") == compilations + 1
+    assert not any(d.is_dense for d in compiled_graphs()[-1].plan)
+
+
+@torch.no_grad()
+def test_replaced_weights_are_let_go():
+    model, x = halve(Block()), torch.randn(6, 64)
+    fast = check(model, x)
+    old = weakref.ref(model.linear.weight)
+    model.linear.weight = nn.Parameter(model.linear.weight * 2)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    gc.collect()
+    assert old() is None
+
+
+@torch.no_grad()
+def test_a_kernel_that_cannot_be_generated_leaves_the_graph_dense(monkeypatch, caplog):
+    def broken(*_, **__):
+        raise RuntimeError("torch has moved on")
+
+    model, x = halve(Block()), torch.randn(5, 64)
+    monkeypatch.setattr(cpu_template.BlockSparseTemplate, "render", broken)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        check(model, x)
+    assert "torch has moved on" in caplog.text and "stays dense" in caplog.text
+    monkeypatch.setattr(lowerings, "register", broken)
+    check(model, x)
