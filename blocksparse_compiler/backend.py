@@ -102,7 +102,9 @@ class CompiledGraph:
         for i, (node, value) in enumerate(
             zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
         ):
-            frozen = inductor_api.is_static_input(value) and node not in unfrozen
+            # A subclass (a quantised weight, say) may be anything: Inductor deals with it.
+            plain = type(value) in (Tensor, torch.nn.Parameter)
+            frozen = plain and inductor_api.is_static_input(value) and node not in unfrozen
             (self._static if frozen else self._dynamic).append(i)
         self._versions: list[_Version] = []
         self._compilations = 0

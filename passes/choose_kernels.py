@@ -19,6 +19,7 @@ from ..errors import LayerError, PlanError
 from ..layout import swap_channels
 from ..pattern import BlockPattern, BlockShape
 from ..plan import DENSE, Decision, Plan, Site
+from ..variants import VARIANTS
 from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
@@ -57,8 +58,8 @@ def choose_kernels(
         weight = values.get(call.weight)
         if site.name in given:
             decisions.append(_obey(given[site.name], site, weight))
-        elif weight is None:
-            decisions.append(Decision(site, DENSE, "stays dense: the weight is computed from the input"))
+        elif weight is None or weight.is_meta or weight.layout != torch.strided:
+            decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
             patterns = find_patterns(call, site, weight, shapes)
             decisions.append(cost.choose(site, patterns, device, allow_dense=allow_dense, hints=hints))
@@ -80,6 +81,12 @@ def find_patterns(
     return zero_block_patterns(canonical, site.groups, shapes)
 
 
+def _no_constant(weight: Tensor | None) -> str:
+    if weight is None:
+        return "the weight depends on inputs, on random numbers or on memory that the graph writes to"
+    return "the weight is on the meta device" if weight.is_meta else f"the weight is {weight.layout}"
+
+
 def _obey(decision: Decision, site: Site, weight: Tensor | None) -> Decision:
     if decision.is_dense:
         return replace(decision, site=site)
@@ -99,7 +106,22 @@ def _obey(decision: Decision, site: Site, weight: Tensor | None) -> Decision:
             "nonzero ones, which the plan would drop",
             "Make the plan again: the weights have changed since.",
         )
+    _check_kernel(decision.kernel, pattern, site)
     return replace(decision, site=site)
+
+
+def _check_kernel(kernel: str, pattern: BlockPattern, site: Site) -> None:
+    variant = VARIANTS.get(kernel)
+    reason = "there is no such kernel" if variant is None else variant.unsupported(site, pattern)
+    if pattern.groups != site.groups:
+        reason = f"the plan is for {pattern.groups} groups"
+    if reason:
+        raise PlanError(
+            site.name,
+            f"a layer that the kernel {kernel!r} can run (kernels: {', '.join(VARIANTS)})",
+            f"{site.dtype} {site.op} of {site.groups} groups: {reason}",
+            "Make the plan from this model (blocksparse_compiler.plan), or choose dense for this layer.",
+        )
 
 
 def traced_sizes(gm: GraphModule) -> dict[str, int]:

@@ -201,3 +201,33 @@ def test_a_kernel_that_cannot_be_generated_leaves_the_graph_dense(monkeypatch, c
     assert "torch has moved on" in caplog.text and "stays dense" in caplog.text
     monkeypatch.setattr(lowerings, "register", broken)
     check(model, x)
+
+
+@torch.no_grad()
+def test_a_plan_that_does_not_fit_names_the_layer():
+    conv = halve(nn.Sequential(nn.Conv2d(64, 64, 1)))
+    check(conv, torch.randn(2, 64, 3, 3), sparse=1)
+    plan = compiled_graphs()[-1].plan
+
+    def refused(model, x, words, plan=plan):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=words):
+            torch.compile(model, backend="blocksparse", options={"plan": plan})(x)
+
+    transposed = nn.Sequential(nn.ConvTranspose2d(64, 64, 1))
+    grouped = nn.Sequential(nn.Conv2d(128, 64, 1, groups=2))
+    for model in (transposed, grouped):
+        model[0].weight.data.copy_(conv[0].weight)
+    refused(transposed, torch.randn(2, 64, 3, 3), "0: expected .*no kernel for conv_transpose2d")
+    refused(grouped, torch.randn(2, 128, 3, 3), "0: expected .*of 2 groups: the plan is for 1")
+    refused(
+        copy.deepcopy(conv).double(), torch.randn(2, 64, 3, 3).double(), "0: expected .*no kernel for float64"
+    )
+    refused(conv, torch.randn(2, 64, 3, 3), "kernels: cpu_f32.*no such kernel", plan.with_kernel("0", "gpu"))
+
+
+def test_weights_on_the_meta_device_stay_dense_with_a_reason(caplog):
+    torch._dynamo.reset()
+    with torch.no_grad(), torch.device("meta"):
+        torch.compile(nn.Linear(64, 64), backend="blocksparse")(torch.randn(2, 64))
+    assert "meta" in compiled_graphs()[-1].plan.decisions[0].reason and "failed" not in caplog.text
