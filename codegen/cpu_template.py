@@ -18,7 +18,7 @@ import torch
 
 from ..variants import RegisterTile
 from .epilogue import as_matrix, raw_output, reindexer, unroll
-from .inductor_api import CppTemplate, V, cexpr_index
+from .inductor_api import KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size, Tiling, all_static
 
 _HERE = Path(__file__).parent
@@ -96,6 +96,7 @@ class BlockSparseTemplate(CppTemplate):
         options = {
             "prelude": f"{self.header().getvalue()}\n{_HEADER.read_text()}",
             "kernel": kernel,
+            "profile": kernel.maybe_codegen_profile().replace(kernel.kernel_name, KERNEL_DESCRIPTION),
             "inputs": inputs,
             "outputs": outputs,
             "aliases": aliases,

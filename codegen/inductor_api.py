@@ -17,6 +17,7 @@ import torch
 import torch._inductor
 import torch._inductor.config as inductor_config
 import torch._inductor.lowering  # before codegen.cpp_template: they import each other
+from torch._dynamo.exc import RestartAnalysis
 from torch._guards import TracingContext
 from torch._guards import tracing as _tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -135,14 +136,20 @@ from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel  # noq
 from torch._inductor.codegen.cpp_utils import cexpr_index  # noqa: E402
 from torch._inductor.cpu_vec_isa import pick_vec_isa  # noqa: E402
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering  # noqa: E402
+from torch._inductor.utils import Placeholder  # noqa: E402
 from torch._inductor.virtualized import V, ops  # noqa: E402
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing  # noqa: E402
 
+KERNEL_DESCRIPTION = str(Placeholder.DESCRIPTIVE_NAME)
+"""Stands for a kernel's descriptive name in the text of a template."""
+
 __all__ = [
+    "KERNEL_DESCRIPTION",
     "CppTemplate",
     "CppTemplateKernel",
     "FloorDiv",
     "ModularIndexing",
+    "RestartAnalysis",
     "V",
     "cexpr_index",
     "fallback_handler",
