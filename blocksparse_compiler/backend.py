@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from .codegen import inductor_api, lowerings
 from .codegen.cpu_template import source_digest
@@ -95,7 +95,7 @@ class CompiledGraph:
         self.plan = Plan()
         self._options, self._config = options, config
         self._original = copy_graph(gm)
-        self._fake_mode = inductor_api.current_fake_mode()
+        self._fake_mode = inductor_api.fake_mode_of(gm)
         unfrozen = written_nodes(gm) | returned_nodes(gm)
         self._static: list[int] = []
         self._dynamic: list[int] = []
@@ -110,7 +110,7 @@ class CompiledGraph:
         self._compilations = 0
         self._unfrozen: Callable[..., Any] | None = None
         self.serial = next(_serial)
-        self._add_version(example_inputs)
+        self._add_version(example_inputs, example_inputs)
         _alive.add(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -138,15 +138,15 @@ class CompiledGraph:
         change = "other weights are in use" if outdated is None else "a weight changed after compilation"
         log.info("%s: compiling again (%d)", change, self._compilations)
         with inductor_api.tracing(self._fake_mode):
-            self._add_version(args)
+            self._add_version(args, self._traced_inputs(args))
         return self
 
-    def _add_version(self, args: Sequence[Any]) -> None:
+    def _add_version(self, args: Sequence[Any], examples: Sequence[Any]) -> None:
         self._compilations += 1
         with progress_line() as line:
-            self._versions.append(self._compile_frozen(args, line))
+            self._versions.append(self._compile_frozen(args, examples, line))
 
-    def _compile_frozen(self, args: Sequence[Any], line: ProgressLine) -> _Version:
+    def _compile_frozen(self, args: Sequence[Any], examples: Sequence[Any], line: ProgressLine) -> _Version:
         statics = [args[i] for i in self._static]
         gm = _freeze_inputs(copy_graph(self._original), dict(zip(self._static, statics, strict=True)))
         dump = GraphDump(self._options.dump_dir)
@@ -154,10 +154,12 @@ class CompiledGraph:
         lowered, self.plan = self._lower(gm, dump, line)
         sparse = sum(not d.is_dense for d in self.plan)
         line.update(f"generating code ({sparse} of {len(self.plan)} layers block-sparse)")
-        inputs = [_example(node, args[i]) for node, i in self._dynamic_placeholders(args)]
+        inputs = [examples[i] for i in self._dynamic]
         with torch.no_grad(), dump.sources():
             try:
                 run = self._inductor(lowered, inputs)
+            except inductor_api.RestartAnalysis:  # Dynamo traces again, with numbers for some symbols
+                raise
             except Exception:
                 if not sparse:
                     raise
@@ -176,6 +178,8 @@ class CompiledGraph:
         }
         try:
             return inductor_api.compile_fx(copy_graph(gm), inputs, config)
+        except inductor_api.RestartAnalysis:
+            raise
         except Exception as error:
             # Inductor cannot freeze some layers, float64 convolutions for one.
             log.info("Inductor failed with frozen weights, trying without: %s", error)
@@ -218,21 +222,14 @@ class CompiledGraph:
         return work, plan
 
     def _compile_unfrozen(self, args: Sequence[Any]) -> None:
-        inputs = [
-            _example(node, value)
-            for node, value in zip(self._original.graph.find_nodes(op="placeholder"), args, strict=True)
-        ]
         with inductor_api.tracing(self._fake_mode), torch.no_grad():
+            inputs = self._traced_inputs(args)
             self._unfrozen = inductor_api.compile_fx(copy_graph(self._original), inputs, self._config)
 
-    def _dynamic_placeholders(self, args: Sequence[Any]) -> list[tuple[Node, int]]:
-        nodes = list(self._original.graph.find_nodes(op="placeholder"))
-        return [(nodes[i], i) for i in self._dynamic]
-
-
-def _example(node: Node, value: Any) -> Any:
-    """The fake tensor or symbol that Dynamo traced with: a real value would make sizes static."""
-    return node.meta.get("example_value", value)
+    def _traced_inputs(self, args: Sequence[Any]) -> list[Any]:
+        """The fake tensors and symbols that Dynamo traced with: after its trace, values mean static sizes."""
+        nodes = self._original.graph.find_nodes(op="placeholder")
+        return [node.meta.get("example_value", value) for node, value in zip(nodes, args, strict=True)]
 
 
 def _needs_gradients(example_inputs: Sequence[Any]) -> bool:

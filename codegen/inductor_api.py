@@ -22,6 +22,7 @@ from torch._guards import TracingContext
 from torch._guards import tracing as _tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.graph import GraphLowering
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
 # ---- the backend's needs ---------------------------------------------------------------------------
@@ -71,10 +72,10 @@ def is_static_input(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and getattr(value, "_dynamo_static_input_type", None) is not None
 
 
-def current_fake_mode() -> Any:
-    """The fake mode of the trace in progress, or None."""
-    context = TracingContext.try_get()
-    return context.fake_mode if context else None
+def fake_mode_of(gm: GraphModule) -> Any:
+    """The fake mode that Dynamo traced this graph with, or None for a graph without tensor inputs."""
+    values = (node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder"))
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
 
 
 @contextlib.contextmanager

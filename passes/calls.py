@@ -122,10 +122,11 @@ def norm_call(node: Node) -> NormCall | None:
     if node.op != "call_function" or node.target not in _NORMS:
         return None
     args = _bind(node, _NORMS[node.target])
-    if args.get("training", False) or args.get("running_mean") is None:
+    eps = args.get("eps", 1e-5)
+    if args.get("training", False) or args.get("running_mean") is None or not isinstance(eps, int | float):
         return None
     tensors = [args.get(key) for key in ("running_mean", "running_var", "weight", "bias")]
-    return NormCall(node, args["input"], *tensors, float(args.get("eps", 1e-5)))
+    return NormCall(node, args["input"], *tensors, float(eps))
 
 
 def tensor_meta(node: Node) -> torch.Tensor | None:

@@ -231,3 +231,37 @@ def test_weights_on_the_meta_device_stay_dense_with_a_reason(caplog):
     with torch.no_grad(), torch.device("meta"):
         torch.compile(nn.Linear(64, 64), backend="blocksparse")(torch.randn(2, 64))
     assert "meta" in compiled_graphs()[-1].plan.decisions[0].reason and "failed" not in caplog.text
+
+
+@torch.no_grad()
+def test_batch_norm_with_every_size_dynamic(caplog):
+    # Dynamo makes floats such as eps symbolic as well, and restarts when Inductor cannot use them so.
+    model = halve(nn.Sequential(nn.Conv1d(64, 64, 1), nn.BatchNorm1d(64)))
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="blocksparse", dynamic=True, options={"dense": "never"})
+    for shape in ((2, 64, 5), (3, 64, 9)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert "failed" not in caplog.text
+    (decision,) = compiled_graphs()[-1].plan
+    assert not decision.is_dense and decision.site.epilogue == ()
+    model[0].weight.mul_(2)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_symbolic_floats_survive_a_recompilation():
+    def scaled(self, x):
+        return F.linear(x, self.weight) * self.scale + self.shift
+
+    model, x = Model(scaled, scale=0.5, shift=0.25), torch.randn(6, 64)
+    torch._dynamo.reset()
+    fast = torch.compile(
+        model, backend="blocksparse", dynamic=True, fullgraph=True, options={"dense": "never"}
+    )
+    for scale in (0.5, 0.75):
+        model.scale = scale
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+        model.weight.mul_(2)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast(x[:4]), model(x[:4]), rtol=1e-4, atol=1e-5)
