@@ -28,7 +28,7 @@ from blocksparse_compiler import BlockPattern
 from . import baselines, pictures, report
 from .ours import Ours, compile_layers
 from .shapes import CONVOLUTIONS, LINEARS, LinearShape, Shape
-from .timing import Call, interleave
+from .timing import Call, interleave, keep_freed_memory
 
 BLOCKS = {"32x32": (32, 32), "16x16": (16, 16), "8x8": (8, 8)}
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.1)
@@ -154,6 +154,7 @@ def run(
 ) -> None:
     """Layer by layer against the strongest dense baseline."""
     cases = [case for case in all_cases(batch, block, epilogue, linear) if shape in str(case.shape)]
+    keep_freed_memory()
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), report.progress() as bar:
         task = bar.add_task("layers", total=len(cases))

@@ -24,7 +24,7 @@ from blocksparse_compiler import Plan
 
 from . import baselines, pictures, report, zoo
 from .ours import newest_plan
-from .timing import interleave
+from .timing import interleave, keep_freed_memory
 
 DBSR_FRACTIONS = {"DBSR-A": 17.89 / 25.56, "DBSR-B": 13.36 / 25.56}
 PARTS = {
@@ -138,6 +138,7 @@ def run(
     name: Annotated[str, typer.Option(help="Results are written as <name>.json and .png.")] = "models",
 ) -> None:
     """Whole networks against the strongest dense baseline."""
+    keep_freed_memory()
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), report.progress() as bar:
         task = bar.add_task("models", total=len(model) * len(batch))

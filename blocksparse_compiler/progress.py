@@ -25,7 +25,8 @@ class ProgressLine:
         self._bar.start()
 
     def stop(self) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:  # else rich prints an empty line into files and pipes
+            self._bar.stop()
 
     def update(self, what: str, done: int | None = None, total: int | None = None) -> None:
         """Says what is going on; with `done` and `total`, how far."""

@@ -123,6 +123,7 @@ def main(
     console.print(explanation)
 
     console.rule("4. compile and measure")
+    timing.keep_freed_memory()
     table = measure(dense, sparse, x)
 
     console.rule("result")

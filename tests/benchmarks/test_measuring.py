@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks import baselines, layers, pictures, readme, report, shapes, timing, zoo
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_interleave_takes_turns_and_counts_rounds() -> None:
@@ -19,6 +23,16 @@ def test_interleave_takes_turns_and_counts_rounds() -> None:
     assert order == ["a", "b"] * 6
     assert [t.rounds for t in times.values()] == [4, 4]
     assert all(0 <= t.minimum <= t.median for t in times.values())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_freed_memory_is_kept() -> None:
+    code = "import resource, torch; from benchmarks.timing import keep_freed_memory; keep_freed_memory()\n"
+    code += "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+    code += "for _ in range(20): before = faults(); torch.ones(1 << 24); after = faults()\n"
+    code += "print(after - before)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert int(run.stdout) < 1000  # 16384 pages of 4 KiB without it
 
 
 def test_fresh_code_is_the_same_function_with_another_code_object() -> None:
