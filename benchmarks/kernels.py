@@ -21,7 +21,7 @@ from torch._inductor.utils import run_and_get_code
 from blocksparse_compiler import BlockPattern, Site
 from blocksparse_compiler.codegen import lowerings
 from blocksparse_compiler.devices import DeviceSpec
-from blocksparse_compiler.ops import pack_weight
+from blocksparse_compiler.packing import pack_weight
 from blocksparse_compiler.variants import VARIANTS, KernelConfig
 
 from .baselines import fresh_code
@@ -48,7 +48,7 @@ class SparseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
         padding = [p for p in layer.padding for _ in range(2)]
-        weight = (self.values, self.row_ptr, self.channel_offset, layer.bias, layer.out_channels)
+        weight = (self.values, self.row_ptr, self.tile_index, layer.bias, layer.out_channels)
         geometry = (list(layer.kernel_size), list(layer.stride), padding, list(layer.dilation))
         return torch.relu(torch.ops.blocksparse.conv(x, *weight, *geometry, True, self.kernel))
 
@@ -63,7 +63,7 @@ def raw_kernel(module: SparseLayer, x: Tensor) -> Callable[[], Tensor]:
     namespace: dict[str, Any] = {"__name__": "generated"}
     exec(compile(code, "generated", "exec"), namespace)
     (kernel,) = (value for name, value in namespace.items() if name.startswith("cpp_fused"))
-    arguments = [x, module.values, module.row_ptr, module.channel_offset]
+    arguments = [x, module.values, module.row_ptr, module.tile_index]
     out = torch.full_like(y, math.nan)
     kernel(*arguments, out)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)

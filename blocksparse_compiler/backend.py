@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 from .codegen import inductor_api, lowerings
 from .codegen.cpu_template import source_digest
-from .devices import device as find_device
 from .dump import GraphDump
 from .errors import BlockSparseError
 from .options import BackendOptions
@@ -187,22 +186,19 @@ class CompiledGraph:
 
     def _lower(self, gm: GraphModule, dump: GraphDump, line: ProgressLine) -> tuple[GraphModule, Plan]:
         """Our passes on `gm`; the graph as it was, if they fail for a reason that is not the user's."""
-        options, device = self._options, find_device(None)
+        options = self._options
         allow_dense = options.dense == "auto"
 
         def tune(graph: GraphModule, plan: Plan) -> Plan:
             from .tune import tune_plan
 
             shape = options.block_shape
-            return tune_plan(
-                graph, plan, device, block_shape=shape, allow_dense=allow_dense, progress=on_layer
-            )
+            return tune_plan(graph, plan, block_shape=shape, allow_dense=allow_dense, progress=on_layer)
 
         def on_layer(name: str, done: int, total: int) -> None:
             line.update(f"measuring {name}", done, total)
 
         context = PassContext(
-            device,
             block_shape=options.block_shape,
             allow_dense=allow_dense,
             given_plan=options.plan,

@@ -247,10 +247,14 @@ def _copy(size: int, repeats: int) -> Callable[[], None]:
 # ---- our kernels ---------------------------------------------------------------------------------------
 
 
+def _cpu_variants() -> dict[str, variants.KernelVariant]:
+    return {name: variant for name, variant in variants.VARIANTS.items() if variant.device == "cpu"}
+
+
 def sparse_layers(spec: DeviceSpec) -> dict[str, Layer]:
     """A layer for every `DeviceSpec.efficiency` entry of our CPU kernels."""
     layers = {}
-    for name, variant in variants.VARIANTS.items():
+    for name, variant in _cpu_variants().items():
         for kind, site in SPARSE_LAYERS.items():
             for block in _BLOCKS:
                 pattern = checkerboard(site, block)

@@ -67,6 +67,8 @@ def candidates(
     found, refusals = [], []
     for pattern in weight_patterns:
         for name, variant in variants.VARIANTS.items():
+            if variant.device != site.device.partition(":")[0]:
+                continue
             refusal = variant.unsupported(site, pattern)
             if refusal:
                 refusals.append(refusal)

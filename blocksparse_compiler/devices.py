@@ -80,6 +80,11 @@ class DeviceSpec:
         return hash(self.digest)
 
     @property
+    def type(self) -> str:
+        """Device type, as torch names it."""
+        return "cpu"
+
+    @property
     def vector_lanes(self) -> int:
         """fp32 numbers in one vector register."""
         return self.vector_bits // 32
@@ -131,6 +136,8 @@ class DeviceSpec:
                 "DeviceSpec.from_json", "every field of a DeviceSpec", str(error), "Write it with to_json."
             ) from error
 
+
+AnyDevice = DeviceSpec  # or a GpuSpec, once there is one
 
 NUMBERS = tuple(f.name for f in fields(DeviceSpec) if f.name not in ("name", "isa", "efficiency", "sources"))
 

@@ -1,29 +1,27 @@
 """The operators that a compiled graph contains: `blocksparse::conv` and `blocksparse::linear`.
 
-Both take weights packed by `pack_weight`: one group, tiles sorted by (out-block, tap, in-block), each
-stored `[bw, bh]` so that a vector runs along output channels. The implementations here are the plain
-torch reference (scatter to dense, dense kernel); Inductor replaces them by generated kernels.
+Both take weights as the kernel that they name packs them (`KernelVariant.pack`): one group, kept tiles only.
+The implementations here are the plain torch reference (scatter to dense, dense kernel); Inductor replaces
+them by generated kernels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import PatternError
-from .pattern import BlockPattern, gather_tiles
+from .packing import INPUT_MAJOR, unpack_weight
+from .variants import VARIANTS
 
 _CONV = (
-    "conv(Tensor x, Tensor values, Tensor row_ptr, Tensor channel_offset, Tensor? bias, "
+    "conv(Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor? bias, "
     "int out_channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
     "bool channels_last, str kernel) -> Tensor"
 )
 _LINEAR = (
-    "linear(Tensor x, Tensor values, Tensor row_ptr, Tensor channel_offset, Tensor? bias, "
+    "linear(Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor? bias, "
     "int out_channels, str kernel) -> Tensor"
 )
 
@@ -32,94 +30,20 @@ LIBRARY.define(_CONV, tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-class PackedWeight(NamedTuple):
-    """A block-sparse weight as the kernels read it.
-
-    Attributes:
-        values: `[n, bw, bh]`, zero-filled where a tile is ragged.
-        row_ptr: int32 `[1, out_blocks * taps + 1]`; tiles of (out-block r, tap t) are
-            `values[row_ptr[0, r * taps + t] : row_ptr[0, r * taps + t + 1]]`.
-        channel_offset: int32 `[1, n]`; first input channel a tile reads. Never reads past the last
-            channel: a ragged last tile starts earlier and has zeros for what it re-reads.
-
-    The index tensors are 2-D because Inductor inlines short 1-D constants into a kernel of its own.
-    """
-
-    values: Tensor
-    row_ptr: Tensor
-    channel_offset: Tensor
-
-
-def pack_weight(weight: Tensor, pattern: BlockPattern) -> PackedWeight:
-    """Packs the kept tiles of `weight` `[O, C/groups, *kernel]` for the kernels.
-
-    Grouped patterns become block-diagonal; the block must then divide a group's channels.
-
-    Raises:
-        PatternError: if a tile of one group would straddle the next.
-    """
-    flat = pattern.ungroup()
-    (_, bw), channels = flat.block_shape, flat.in_channels
-    values = gather_tiles(weight.detach(), pattern)
-    coords = flat.tile_coordinates
-    values = values.transpose(1, 2).contiguous()
-    offset = coords[:, 2] * bw
-    overhang = (offset + bw - channels).clamp(min=0)
-    if overhang.any():
-        shift = int(overhang.max())
-        ragged = (overhang > 0).to(values.device)
-        values[ragged] = values[ragged].roll(shift, dims=1)
-        offset = offset - overhang
-    counts = torch.bincount(
-        coords[:, 0] * flat.num_taps + coords[:, 1], minlength=math.prod(flat.grid_shape[:2])
-    )
-    row_ptr = torch.zeros(1, len(counts) + 1, dtype=torch.int32)
-    row_ptr[0, 1:] = counts.cumsum(0)
-    index = torch.int32
-    device = values.device
-    return PackedWeight(values, row_ptr.to(device), offset.to(index)[None].to(device))
-
-
-def unpack_weight(
-    values: Tensor,
-    row_ptr: Tensor,
-    channel_offset: Tensor,
-    out_channels: int,
-    in_channels: int,
-    kernel_size: Sequence[int],
-) -> Tensor:
-    """Inverse of `pack_weight`: the dense weight `[O, C, *kernel]` (one group)."""
-    n, bw, bh = values.shape
-    taps = math.prod(kernel_size)
-    counts = row_ptr.flatten().diff()
-    slot = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts.long())
-    block_rows = len(counts) // taps
-    if n != len(slot) or block_rows != -(-out_channels // bh):
-        raise PatternError(
-            "blocksparse op",
-            f"row_ptr for {n} tiles in {-(-out_channels // bh)} block rows x {taps} taps",
-            f"{len(slot)} tiles in {block_rows} block rows",
-            "Pack values and indices together with pack_weight.",
-        )
-    dense = values.new_zeros(block_rows, bh, taps, in_channels)
-    row, tap = slot // taps, slot % taps
-    channel = channel_offset.flatten().long()[:, None] + torch.arange(bw, device=values.device)
-    # A ragged tile re-reads channels of its neighbour with zero weights: accumulate, never overwrite.
-    out = torch.arange(bh, device=values.device)
-    where = (row[:, None, None], out[None, None, :], tap[:, None, None], channel[:, :, None])
-    dense.index_put_(where, values, accumulate=True)
-    weight = dense.reshape(block_rows * bh, taps, in_channels)[:out_channels]
-    return weight.transpose(1, 2).reshape(out_channels, in_channels, *kernel_size)
-
-
 # ---- reference implementations --------------------------------------------------------------------
+
+
+def _layout(kernel: str) -> str:
+    """How the kernel's weights are stored."""
+    variant = VARIANTS.get(kernel.partition(";")[0])
+    return variant.weight_layout if variant is not None else INPUT_MAJOR
 
 
 def _conv_reference(
     x: Tensor,
     values: Tensor,
     row_ptr: Tensor,
-    channel_offset: Tensor,
+    tile_index: Tensor,
     bias: Tensor | None,
     out_channels: int,
     kernel_size: Sequence[int],
@@ -129,7 +53,9 @@ def _conv_reference(
     channels_last: bool,
     kernel: str,
 ) -> Tensor:
-    weight = unpack_weight(values, row_ptr, channel_offset, out_channels, x.shape[1], kernel_size)
+    weight = unpack_weight(
+        values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size, _layout(kernel)
+    )
     pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
     before = [lo for lo, _ in pairs]
     if any(lo != hi for lo, hi in pairs):
@@ -144,7 +70,7 @@ def _conv_fake(
     x: Tensor,
     values: Tensor,
     row_ptr: Tensor,
-    channel_offset: Tensor,
+    tile_index: Tensor,
     bias: Tensor | None,
     out_channels: int,
     kernel_size: Sequence[int],
@@ -173,12 +99,12 @@ def _linear_reference(
     x: Tensor,
     values: Tensor,
     row_ptr: Tensor,
-    channel_offset: Tensor,
+    tile_index: Tensor,
     bias: Tensor | None,
     out_channels: int,
     kernel: str,
 ) -> Tensor:
-    weight = unpack_weight(values, row_ptr, channel_offset, out_channels, x.shape[-1], ())
+    weight = unpack_weight(values, row_ptr, tile_index, out_channels, x.shape[-1], (), _layout(kernel))
     return torch.nn.functional.linear(x, weight, bias).contiguous()
 
 
@@ -186,7 +112,7 @@ def _linear_fake(
     x: Tensor,
     values: Tensor,
     row_ptr: Tensor,
-    channel_offset: Tensor,
+    tile_index: Tensor,
     bias: Tensor | None,
     out_channels: int,
     kernel: str,

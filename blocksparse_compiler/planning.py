@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from .devices import DeviceSpec
+from .devices import AnyDevice
 from .devices import device as find_device
 from .passes.choose_kernels import choose_kernels
 from .passes.fold_batch_norm import fold_batch_norm
@@ -20,7 +20,7 @@ from .plan import Plan
 
 def plan(
     gm: GraphModule,
-    device: str | torch.device | DeviceSpec | None = None,
+    device: str | torch.device | AnyDevice | None = None,
     *,
     block_shape: BlockShape | None = None,
     allow_dense: bool = True,
@@ -30,10 +30,11 @@ def plan(
 
     Args:
         gm: a graph from `trace`, Dynamo or `torch.export`.
-        device: a `DeviceSpec`, the name of a known one, or None for this machine.
+        device: plan every layer for this `DeviceSpec`, or known name; by default, each layer for the device
+            that it is on.
         block_shape, allow_dense, hints: as in `passes.choose_kernels`.
     """
-    spec = device if isinstance(device, DeviceSpec) else find_device(device)
+    spec = None if device is None else find_device(device)
     copied = copy_graph(gm)
     fold_constants(copied)
     fold_batch_norm(copied)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from . import variants
+from . import cpu_variants
 from .devices import DeviceSpec
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
@@ -226,9 +226,9 @@ def sparse_cost(
 
 def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
     """(pixels, vector lanes) that the inner loop works on."""
-    tile = variants.register_tile(block, device.vector_lanes, device.vector_registers)
+    tile = cpu_variants.register_tile(block, device.vector_lanes, device.vector_registers)
     return (
-        (min(tile.pixels, variants.cache_friendly_pixels(site, device)), tile.lanes // tile.split)
+        (min(tile.pixels, cpu_variants.cache_friendly_pixels(site, device)), tile.lanes // tile.split)
         if tile
         else (1, 1)
     )

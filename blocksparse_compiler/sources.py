@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .ops import pack_weight
 from .plan import Decision, Plan
+from .variants import VARIANTS
 
 # What Inductor's Python output looks like: weights, kernels, calls of kernels.
 _CONSTANT = re.compile(r"^(\w+) = None  # .*?torch\.\w+ \(([\d, ]+)\) ", re.MULTILINE)
@@ -58,7 +58,7 @@ def assign(decisions: Iterable[Decision], generated: str) -> dict[str, str]:
 def _packed_shapes(decision: Decision) -> set[Shape]:
     """Shapes of the tiles and of the row pointer of a layer."""
     assert decision.pattern is not None
-    packed = pack_weight(torch.zeros(decision.pattern.weight_shape), decision.pattern)
+    packed = VARIANTS[decision.kernel].pack(torch.zeros(decision.pattern.weight_shape), decision.pattern)
     return {tuple(packed.values.shape), tuple(packed.row_ptr.shape)}
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, fx
 from . import cost, disk_cache, variants
 from .codegen import inductor_api, lowerings
 from .codegen.cpu_template import source_digest
-from .devices import DeviceSpec
-from .passes.choose_kernels import BLOCK_SHAPES, find_patterns, traced_sizes
+from .devices import AnyDevice
+from .devices import device as present_device
+from .passes.choose_kernels import find_patterns, traced_sizes
 from .passes.find_sites import sites_with_calls
 from .passes.lower_sites import lower_sites
 from .passes.static_values import StaticValues
@@ -178,7 +179,7 @@ def call_cost() -> Callable[[], Any]:
 def measure(
     site: Site,
     patterns: Sequence[BlockPattern],
-    device: DeviceSpec,
+    device: AnyDevice,
     *,
     allow_dense: bool = True,
     hints: cost.Hints | None = None,
@@ -222,7 +223,7 @@ def measure(
 def tune_plan(
     gm: fx.GraphModule,
     plan: Plan,
-    device: DeviceSpec,
+    device: AnyDevice | None = None,
     *,
     block_shape: BlockShape | None = None,
     allow_dense: bool = True,
@@ -235,10 +236,10 @@ def tune_plan(
 
     Args:
         gm: the graph that `plan` was made from.
+        device: figures to rank candidates by; by default, those of the device each layer is on.
         block_shape, allow_dense, hints: as in `passes.choose_kernels`.
         progress: called with the layer's name, its number and the number of layers, before each.
     """
-    shapes = BLOCK_SHAPES if block_shape is None else (block_shape,)
     hints = {**traced_sizes(gm), **(hints or {})}
     values, calls = StaticValues(gm), {site.name: (call, site) for call, site in sites_with_calls(gm)}
     work = [d for d in plan if d.pattern is not None and d.site.name in calls]
@@ -250,16 +251,17 @@ def tune_plan(
         weight = values.get(call.weight)
         if weight is None:
             continue
-        patterns = find_patterns(call, site, weight, shapes)
+        patterns = find_patterns(call, site, weight, variants.block_shapes(site.device, block_shape))
+        spec = device or present_device(site.device)
         try:
-            decided[site.name] = measure(site, patterns, device, allow_dense=allow_dense, hints=hints)
+            decided[site.name] = measure(site, patterns, spec, allow_dense=allow_dense, hints=hints)
         except Exception as error:
             log.warning("%s could not be measured, its estimate decides: %s", site.name, error)
     return replace(plan, decisions=tuple(decided.get(d.site.name, d) for d in plan))
 
 
 def _options(
-    site: Site, ranked: Sequence[cost.Candidate], device: DeviceSpec
+    site: Site, ranked: Sequence[cost.Candidate], device: AnyDevice
 ) -> dict[str, tuple[cost.Candidate, dict[str, int | str]]]:
     """What to measure: the best candidate in several parameters, the runners-up in their first."""
     found: dict[str, tuple[cost.Candidate, dict[str, int | str]]] = {}
@@ -274,7 +276,7 @@ def _options(
 def _timings(
     site: Site,
     options: Mapping[str, tuple[cost.Candidate, Mapping[str, int | str]]],
-    device: DeviceSpec,
+    device: AnyDevice,
     hints: cost.Hints | None,
     seconds: float,
 ) -> dict[str, float]:

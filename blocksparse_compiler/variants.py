@@ -1,225 +1,37 @@
 """The table of kernel variants: what each one supports, and with which parameters it runs best.
 
 Pure data and arithmetic: planning needs neither Inductor nor the target machine. `codegen` turns a row of
-this table into code, the cost model and the tests run over its rows.
+this table into code, the cost model, the tests and the benchmarks run over its rows.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-from .devices import DeviceSpec
-from .errors import PlanError
-from .pattern import BlockPattern, BlockShape
-from .plan import Site
-
-Parameters = dict[str, "int | str"]
-
-
-@dataclass(frozen=True)
-class KernelConfig:
-    """A kernel variant and its parameters, as they travel in the `kernel` argument of an operator.
-
-    The text names everything that changes the generated code, the pattern too, so that compilation caches
-    see it: `"cpu_f32;chunk=4;row_threads=1;pattern=0123456789abcdef"`.
-    """
-
-    variant: str
-    parameters: Mapping[str, int | str] = field(default_factory=dict)
-
-    def encode(self, pattern: BlockPattern | None = None) -> str:
-        parts = [f"{key}={value}" for key, value in sorted(self.parameters.items())]
-        if pattern is not None:
-            parts.append(f"pattern={pattern.digest}")
-        return ";".join([self.variant, *parts])
-
-    @classmethod
-    def decode(cls, text: str) -> KernelConfig:
-        """Inverse of `encode`, without the pattern's digest. Raises `PlanError` on other text."""
-        variant, *parts = text.split(";")
-        pairs = [part.partition("=") for part in parts]
-        if not variant or any(not key or not separator for key, separator, _ in pairs):
-            raise PlanError("kernel", "'variant;key=value;...'", repr(text), "Use KernelConfig.encode().")
-        parameters = {key: _number(value) for key, _, value in pairs if key != "pattern"}
-        return cls(variant, parameters)
-
-
-def _number(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
-
-
-@dataclass(frozen=True)
-class RegisterTile:
-    """What one pass of the inner loop keeps in registers.
-
-    Args:
-        pixels, vectors: accumulators, each a vector.
-        lanes: floats of a vector.
-        split: neighbouring input channels that a vector handles at once; blocks lower than a vector fill
-            it so, each output channel taking `split` lanes.
-    """
-
-    pixels: int
-    vectors: int
-    lanes: int
-    split: int = 1
-
-    @property
-    def width(self) -> int:
-        """Output channels of the tile."""
-        return self.vectors * self.lanes // self.split
-
-
-def register_tile(block_shape: BlockShape, lanes: int, registers: int) -> RegisterTile | None:
-    """The register tile for blocks `(bh, bw)` on vectors of `lanes` floats; None if there is none.
-
-    One register holds each accumulator and each vector of weights, two are left for the inputs. Blocks
-    that are no multiple of a vector take the widest narrower vector that divides them, if they cannot
-    be split.
-    """
-    bh, bw = block_shape
-    split = lanes // bh
-    if lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % split == 0:
-        return RegisterTile(min(28, registers - 4), 1, lanes, split)
-    while lanes >= 4 and bh % lanes:
-        lanes //= 2
-    if lanes < 4:
-        return None
-    blocks = bh // lanes
-    limit = 2 if lanes >= 8 else 4
-    vectors = max(v for v in range(1, limit + 1) if blocks % v == 0)
-    return RegisterTile(min(28, (registers - vectors - 2) // vectors), vectors, lanes)
-
-
-@dataclass(frozen=True)
-class KernelVariant:
-    """A way to run a block-sparse layer.
-
-    Args:
-        name: as it appears in plans.
-        device: device type.
-        dtypes: supported dtypes.
-        ops: supported ops (`Site.op`).
-        block_multiple: the block height must be a multiple of this.
-    """
-
-    name: str
-    device: str
-    dtypes: tuple[str, ...]
-    ops: tuple[str, ...]
-    block_multiple: int
-
-    def unsupported(self, site: Site, pattern: BlockPattern) -> str | None:
-        """Why this kernel cannot run the layer, as a phrase; None if it can."""
-        if site.device.partition(":")[0] != self.device:
-            return f"runs on {self.device}, not on {site.device}"
-        if site.dtype not in self.dtypes:
-            return f"no kernel for {site.dtype}"
-        if site.op not in self.ops:
-            return f"no kernel for {site.op}"
-        bh, bw = pattern.block_shape
-        if bh % self.block_multiple:
-            return f"block height {bh} is no multiple of {self.block_multiple}"
-        if min(pattern.in_channels, pattern.group_channels[1]) < bw:
-            return f"block width {bw} exceeds the input channels"
-        out_per_group, in_per_group = pattern.group_channels
-        if pattern.groups > 1 and (out_per_group % bh or in_per_group % bw):
-            return f"blocks of {bh}x{bw} straddle groups of {out_per_group}x{in_per_group} channels"
-        return None
-
-    def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
-        """Candidate parameters for autotuning, best guess first."""
-        return cpu_configs(site, pattern, device)
-
-
-def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
-    """Candidate parameters of the CPU kernels, best guess first.
-
-    `chunk`: pixel tiles that pass through all block rows together. `row_threads`: threads that share the
-    block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
-    """
-    tile = register_tile(pattern.block_shape, device.vector_lanes, device.vector_registers)
-    if tile is None:
-        return []
-    pointwise = math.prod(pattern.kernel_size) == 1
-    best: Parameters = {"chunk": 1 if pointwise else 4}
-    most = cache_friendly_pixels(site, device)
-    if most < tile.pixels:
-        best["pixels"] = most
-    best["row_threads"] = row_threads = _row_threads(site, pattern, device, tile)
-    split = {"row_threads": device.threads if row_threads == 1 else 1}
-    others = ({"chunk": 4 if pointwise else 1}, {"chunk": 16}, split if device.threads > 1 else {})
-    return [best, *({**best, **other} for other in others if other)]
-
-
-def cache_friendly_pixels(site: Site, device: DeviceSpec) -> int:
-    """How many pixels can keep their current cache line in L1 at once.
-
-    Pixels that lie a large power of two apart share few sets of the cache; two ways are left for the
-    weights that stream through.
-    """
-    line_bytes, sets = 64, 64  # of every L1 whose index fits a 4 KiB page
-    ways = max(4, device.l1_bytes_per_thread // (line_bytes * sets))
-    step_bytes = 4 * pixel_step(site)
-    if step_bytes % line_bytes:
-        return sets * ways
-    return (sets // math.gcd(sets, step_bytes // line_bytes)) * (ways - 2)
-
-
-def pixel_step(site: Site) -> int:
-    """Floats between the input pixels of two neighbouring output pixels, channels last."""
-    return site.in_channels * (site.stride[-1] if site.stride else 1)
-
-
-def _row_threads(site: Site, pattern: BlockPattern, device: DeviceSpec, tile: RegisterTile) -> int:
-    """How many threads share block rows: minimises the work of the busiest thread.
-
-    Splitting pixels balances best and is the rule. Splitting block rows serves layers with few pixels,
-    which would leave threads idle, and layers with large weights, which one thread then reads instead of all.
-    """
-    pixels = output_pixels(site)
-    if not pixels:
-        return 1
-    tiles = -(-pixels // tile.pixels)
-    cost = pattern.kept.sum((1, 2)).double() + 0.5
-    weight_bytes = 4 * pattern.num_kept * math.prod(pattern.block_shape)
-    input_bytes = 4 * pixels * pixel_step(site)
-
-    def crowding(size: float) -> float:
-        return math.log2(1 + size / device.l2_bytes_per_thread)
-
-    def busiest(row_threads: int) -> float:
-        pixel_threads = device.threads // row_threads
-        owner = ((cost.cumsum(0) - cost / 2) / cost.sum() * row_threads).floor()
-        rows = max(float(cost[owner == part].sum()) for part in range(row_threads))
-        # The factor is fitted: 512 channels at 7x7 gain up to a quarter from two row threads.
-        streaming = crowding(weight_bytes / row_threads) + crowding(input_bytes / pixel_threads)
-        return -(-tiles // pixel_threads) * rows * (1 + 0.2 * streaming)
-
-    divisors = [n for n in range(1, device.threads + 1) if device.threads % n == 0]
-    best = min(divisors, key=busiest)
-    return best if busiest(best) < 0.95 * busiest(1) else 1
-
-
-def output_pixels(site: Site) -> int | None:
-    """Rows of the implicit matrix product; None if a size is symbolic."""
-    sizes = site.input_shape[:1] + site.output_spatial if site.kernel_size else site.input_shape[:-1]
-    if any(isinstance(size, str) for size in sizes):
-        return None
-    return math.prod(int(size) for size in sizes)
-
+from . import cpu_variants, gpu_variants
+from .kernel_variant import KernelConfig, KernelVariant, Parameters, output_pixels
+from .pattern import BlockShape
 
 VARIANTS: dict[str, KernelVariant] = {
-    variant.name: variant
-    for variant in (
-        KernelVariant(
-            name="cpu_f32",
-            device="cpu",
-            dtypes=("float32",),
-            ops=("linear", "conv1d", "conv2d"),
-            block_multiple=4,
-        ),
-    )
+    variant.name: variant for variant in (*cpu_variants.CPU_VARIANTS, *gpu_variants.GPU_VARIANTS)
 }
+
+
+def block_shapes(device_type: str, wanted: BlockShape | None = None) -> tuple[BlockShape, ...]:
+    """The tiles to look for in the weights of layers on such a device.
+
+    Args:
+        wanted: only this one; on GPUs merged into the smallest tile that their kernels run.
+    """
+    on_gpu = device_type.partition(":")[0] == "cuda"
+    if wanted is None:
+        return gpu_variants.BLOCK_SHAPES if on_gpu else cpu_variants.BLOCK_SHAPES
+    return (gpu_variants.merged(wanted) if on_gpu else wanted,)
+
+
+__all__ = [
+    "VARIANTS",
+    "KernelConfig",
+    "KernelVariant",
+    "Parameters",
+    "block_shapes",
+    "output_pixels",
+]

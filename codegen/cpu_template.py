@@ -16,7 +16,7 @@ from unittest.mock import patch
 import sympy
 import torch
 
-from ..variants import RegisterTile
+from ..cpu_variants import RegisterTile
 from .epilogue import as_matrix, raw_output, reindexer, unroll
 from .inductor_api import KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size, Tiling, all_static
@@ -39,7 +39,7 @@ class BlockSparseTemplate(CppTemplate):
     """One block-sparse layer on fp32.
 
     Args:
-        input_nodes: input, values, row_ptr, channel_offset and, optionally, bias.
+        input_nodes: input, values, row_ptr, tile_index and, optionally, bias.
         layout: output, `[n, oh, ow, out_channels]` or `[rows, out_channels]`, contiguous.
         images: number of images that `conv` speaks of.
         conv: geometry; a linear layer is a 1x1 convolution of one image, one pixel high.
@@ -86,8 +86,8 @@ class BlockSparseTemplate(CppTemplate):
             outputs["Raw"] = out
         elif epilogue_nodes:
             aliases[out.get_name()] = result.get_name()
-        x, values, row_ptr, channel_offset, *bias = self.input_nodes
-        inputs = {"X": x, "Values": values, "RowPtr": row_ptr, "ChannelOffset": channel_offset}
+        x, values, row_ptr, tile_index, *bias = self.input_nodes
+        inputs = {"X": x, "Values": values, "RowPtr": row_ptr, "TileIndex": tile_index}
         inputs.update(zip(("Bias",), bias, strict=False))
 
         def cexpr(size: Size) -> str:

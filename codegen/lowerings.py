@@ -15,7 +15,8 @@ import sympy
 import torch
 
 from .. import ops as _ops  # noqa: F401  registers the operators
-from ..variants import VARIANTS, KernelConfig, RegisterTile, register_tile
+from ..cpu_variants import RegisterTile, register_tile
+from ..variants import VARIANTS, KernelConfig
 from .cpu_template import BlockSparseTemplate
 from .inductor_api import (
     fallback_handler,
@@ -61,9 +62,9 @@ def _or_fallback(op: Any, lower: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def lower_linear(
-    x: Any, values: Any, row_ptr: Any, channel_offset: Any, bias: Any, out_channels: int, kernel: str
+    x: Any, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
 ) -> Any:
-    weight = _Weight(values, row_ptr, channel_offset, bias, out_channels, kernel)
+    weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
     weight.check(x, -1)
     *rows, channels = x.get_size()
     pixels = as_int(sympy.prod(rows))
@@ -77,7 +78,7 @@ def lower_conv(
     x: Any,
     values: Any,
     row_ptr: Any,
-    channel_offset: Any,
+    tile_index: Any,
     bias: Any,
     out_channels: int,
     kernel_size: Sequence[int],
@@ -87,7 +88,7 @@ def lower_conv(
     channels_last: bool,
     kernel: str,
 ) -> Any:
-    weight = _Weight(values, row_ptr, channel_offset, bias, out_channels, kernel)
+    weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
     weight.check(x, 1)
     if len(kernel_size) == 1:
         # A 1-D convolution is a 2-D one on images of one row.
@@ -150,12 +151,12 @@ class _Weight:
         self,
         values: Any,
         row_ptr: Any,
-        channel_offset: Any,
+        tile_index: Any,
         bias: Any,
         out_channels: int,
         kernel: str,
     ) -> None:
-        self.operands = [values, row_ptr, channel_offset]
+        self.operands = [values, row_ptr, tile_index]
         if bias is not None:
             bias = ir.ExternKernel.require_contiguous(bias)
             # The kernel gets the storage of a view.

@@ -14,32 +14,33 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .. import cost
-from ..devices import DeviceSpec
+from ..devices import AnyDevice
+from ..devices import device as present_device
 from ..errors import LayerError, PlanError
 from ..layout import swap_channels
 from ..pattern import BlockPattern, BlockShape
 from ..plan import DENSE, Decision, Plan, Site
-from ..variants import VARIANTS
+from ..variants import VARIANTS, block_shapes
 from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
 from .static_values import StaticValues
 
-BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8))
-
 
 def choose_kernels(
     gm: GraphModule,
-    device: DeviceSpec,
+    device: AnyDevice | None = None,
     *,
     block_shape: BlockShape | None = None,
     allow_dense: bool = True,
     hints: Mapping[str, int] | None = None,
     plan: Plan | None = None,
 ) -> Plan:
-    """The `Plan` for `gm` on `device`.
+    """The `Plan` for `gm`.
 
     Args:
+        device: plan every layer for this device, wherever its tensors are; by default, each layer for the
+            device that it is on.
         block_shape: consider only this tile; by default every supported one.
         allow_dense: False forces a kernel wherever one exists ("never" in the backend's options).
         hints: values for symbolic sizes; by default those seen while tracing.
@@ -49,25 +50,32 @@ def choose_kernels(
         PlanError: if `plan` would drop nonzero weights or names a kernel that does not exist.
         LayerError: if a weight holds NaN or infinity.
     """
-    shapes = BLOCK_SHAPES if block_shape is None else (block_shape,)
     hints = {**traced_sizes(gm), **(hints or {})}
     values = StaticValues(gm)
     given = {d.site.name: d for d in plan} if plan else {}
-    decisions = []
+    decisions: list[Decision] = []
+    names: dict[str, None] = {}
     for call, site in sites_with_calls(gm):
+        if device is None and site.device.partition(":")[0] not in ("cpu", "cuda"):
+            decisions.append(Decision(site, DENSE, f"stays dense: no kernels for {site.device}"))
+            continue
+        spec = device or present_device(site.device)
+        if device is not None and not site.device.startswith(device.type):
+            site = replace(site, device=device.type)
         weight = values.get(call.weight)
         if site.name in given:
             decisions.append(_obey(given[site.name], site, weight))
         elif weight is None or weight.is_meta or weight.layout != torch.strided:
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
-            patterns = find_patterns(call, site, weight, shapes)
-            decisions.append(cost.choose(site, patterns, device, allow_dense=allow_dense, hints=hints))
-    return Plan(tuple(decisions), device.name)
+            patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape))
+            decisions.append(cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints))
+        names.setdefault(spec.name)
+    return Plan(tuple(decisions), "+".join(names) or present_device("cpu").name)
 
 
 def find_patterns(
-    call: LayerCall, site: Site, weight: Tensor, shapes: Sequence[BlockShape] = BLOCK_SHAPES
+    call: LayerCall, site: Site, weight: Tensor, shapes: Sequence[BlockShape]
 ) -> list[BlockPattern]:
     """The tiles of each block shape that hold a nonzero, for shapes in which at least one tile is zero."""
     if not torch.isfinite(weight).all():

@@ -1,6 +1,6 @@
 """Replaces each site that the plan gives a kernel by a `blocksparse::*` op with packed weights.
 
-conv2d(x, W, b)   →   blocksparse::conv(x, tiles(W), row_ptr, channel_offset, b, …, "kernel;…")
+conv2d(x, W, b)   →   blocksparse::conv(x, tiles(W), row_ptr, tile_index, b, …, "kernel;…")
 linear(x, W, b)   →   blocksparse::linear(…)
 """
 
@@ -10,9 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..errors import PlanError
-from ..ops import pack_weight
 from ..plan import Decision, Plan, Site
-from ..variants import KernelConfig
+from ..variants import VARIANTS, KernelConfig
 from .calls import LayerCall, layer_call, tensor_meta
 from .static_values import StaticValues, erase_unused, set_constant
 
@@ -52,7 +51,9 @@ def _call(nodes: dict[str, Node], decision: Decision) -> LayerCall:
 def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticValues) -> None:
     site, pattern = decision.site, decision.pattern
     assert pattern is not None
-    packed = pack_weight(values.get(call.weight), pattern)
+    weight = values.get(call.weight)
+    assert weight is not None
+    packed = VARIANTS[decision.kernel].pack(weight, pattern)
     kernel = KernelConfig(decision.kernel, dict(decision.config)).encode(pattern)
     bias = call.bias if _is_per_channel(call.bias, site) else None
     with gm.graph.inserting_before(call.node):
@@ -60,7 +61,7 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
             call.input,
             set_constant(gm, "tiles", packed.values),
             set_constant(gm, "row_ptr", packed.row_ptr),
-            set_constant(gm, "channel_offset", packed.channel_offset),
+            set_constant(gm, "tile_index", packed.tile_index),
             bias,
             site.out_channels,
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
-from ..devices import DeviceSpec
+from ..devices import AnyDevice
 from ..pattern import BlockShape
 from ..plan import Plan
 from .choose_kernels import choose_kernels
@@ -27,7 +27,7 @@ class PassContext:
     `on_pass` is called after each pass with its name, the graph and its match count (for dumps).
     """
 
-    device: DeviceSpec
+    device: AnyDevice | None = None
     block_shape: BlockShape | None = None
     allow_dense: bool = True
     given_plan: Plan | None = None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from blocksparse_compiler import BlockPattern, BlockSparseWeight
 from blocksparse_compiler.errors import PatternError
-from blocksparse_compiler.ops import pack_weight, unpack_weight
+from blocksparse_compiler.packing import pack_weight, unpack_weight
 from blocksparse_compiler.pattern import gather_tiles, scatter_tiles
 
 
@@ -94,10 +94,10 @@ def test_packed_weights_unpack_exactly(pattern):
     weight = pattern.apply(torch.randn(pattern.weight_shape))
     packed = pack_weight(weight, pattern)
     n, (bh, bw) = pattern.num_kept, pattern.block_shape
-    assert packed.values.shape == (n, bw, bh) and packed.channel_offset.shape == (1, n)
+    assert packed.values.shape == (n, bw, bh) and packed.tile_index.shape == (3, n)
     if n:
-        assert int(packed.channel_offset.min()) >= 0
-        assert int(packed.channel_offset.max()) + bw <= pattern.in_channels
+        assert int(packed.tile_index[0].min()) >= 0
+        assert int(packed.tile_index[0].max()) + bw <= pattern.in_channels
     out = unpack_weight(*packed, pattern.out_channels, pattern.in_channels, pattern.kernel_size)
     assert torch.equal(out, weight)
 

@@ -11,14 +11,9 @@ from layer_cases import FIXED, conv_site, linear_site
 
 from blocksparse_compiler import BlockPattern
 from blocksparse_compiler.codegen.tiling import LEFT, RIGHT, WIDE, ConvGeometry, flat_tiling, row_tiling
+from blocksparse_compiler.cpu_variants import cache_friendly_pixels, register_tile
 from blocksparse_compiler.errors import PlanError
-from blocksparse_compiler.variants import (
-    VARIANTS,
-    KernelConfig,
-    cache_friendly_pixels,
-    output_pixels,
-    register_tile,
-)
+from blocksparse_compiler.variants import VARIANTS, KernelConfig, output_pixels
 
 CPU = VARIANTS["cpu_f32"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blocksparse_compiler import BlockPattern
 from blocksparse_compiler.codegen import lowerings
 from blocksparse_compiler.codegen.inductor_api import capture_sources
-from blocksparse_compiler.ops import pack_weight
+from blocksparse_compiler.packing import pack_weight
 from blocksparse_compiler.variants import KernelConfig
 
 
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         case = self.case
-        weight = (self.values, self.row_ptr, self.channel_offset, self.bias, case.out_channels)
+        weight = (self.values, self.row_ptr, self.tile_index, self.bias, case.out_channels)
         if not case.kernel_size:
             return case.epilogue(torch.ops.blocksparse.linear(x, *weight, self.kernel))
         geometry = (list(case.kernel_size), self.stride, self.padding, self.dilation)

@@ -69,6 +69,8 @@ def even_pattern(site: Site, density: float, block=(32, 32), seed: int = 0) -> B
 class AnyLayer:
     """A row of the kernel table that supports everything but transposed convolutions."""
 
+    device = "cpu"
+
     def unsupported(self, site: Site, pattern: BlockPattern) -> str | None:
         return "transposed convolutions have no block-sparse kernel yet" if site.transposed else None
 

@@ -1,0 +1,142 @@
+"""The GPU rows of the kernel table: Triton kernels, one program per tile of pixels and out-block(s)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernel_variant import KernelVariant, Parameters, output_pixels
+from .packing import OUTPUT_MAJOR, PackedWeight, pack_rows
+from .pattern import BlockPattern, BlockShape
+from .plan import Site
+
+BLOCK_SHAPES: tuple[BlockShape, ...] = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 16))
+"""Tiles to look for in a weight. Finer zeros are merged into these: a tile is kept if any part of it is."""
+
+SMALLEST, LARGEST = 16, 128
+"""Sides of a tile: matrix instructions need 16, registers hold no more than 128."""
+
+DTYPES = ("float16", "bfloat16", "float32")
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+MAX_TAPS = 2**15
+DECODE_ROWS = 16
+"""Most rows of a linear layer that still count as decoding: bound by the bytes of the weight."""
+
+
+def merged(block_shape: BlockShape) -> BlockShape:
+    """The smallest tile that a GPU kernel runs and that holds `block_shape`, or the largest there is."""
+    bh, bw = (min(LARGEST, max(SMALLEST, 1 << (side - 1).bit_length())) for side in block_shape)
+    return bh, bw
+
+
+@dataclass(frozen=True)
+class GpuVariant(KernelVariant):
+    """A Triton kernel.
+
+    Args:
+        min_arch: least compute capability, as `90` for 9.0, on NVIDIA; None if AMD only.
+        hip: whether it runs on AMD.
+    """
+
+    weight_layout: str = OUTPUT_MAJOR
+    min_arch: int = 80
+    hip: bool = True
+
+    def _unsupported_blocks(self, pattern: BlockPattern) -> str | None:
+        for side in pattern.block_shape:
+            if side & (side - 1) or not SMALLEST <= side <= LARGEST:
+                shape = "x".join(map(str, pattern.block_shape))
+                return f"GPU kernels need tile sides of 16, 32, 64 or 128, not {shape}"
+        return None
+
+    def runs_on(self, device: Any) -> bool:
+        """Whether this device (a `GpuSpec`) has what the kernel needs."""
+        if device.backend == "hip":
+            return self.hip
+        return int(device.arch) >= self.min_arch
+
+    def configs(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
+        if not self.runs_on(device):
+            return []
+        return [{**config, **precision(site)} for config in self._tiles(site, pattern, device)]
+
+    def _tiles(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
+        raise NotImplementedError
+
+    def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
+        return pack_rows(weight, pattern)
+
+
+@dataclass(frozen=True)
+class Gather(GpuVariant):
+    """Loads activations through pointers: any geometry, any GPU."""
+
+    def _tiles(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
+        bh, bw = pattern.block_shape
+        most = _enough_pixels(site, 256)
+        found: list[Parameters] = []
+        for pixels, warps in ((128, 4), (256, 8), (64, 4), (128, 8)):
+            pixels = min(pixels, most)
+            accumulators = pixels * bh // (32 * warps)  # fp32 registers of a thread
+            if 4 <= accumulators <= 128:
+                stages = _stages(pixels, bh, bw, site.dtype, device)
+                config: Parameters = {"pixels": pixels, "warps": warps, "stages": stages}
+                if config not in found:
+                    found.append(config)
+        return found or [{"pixels": min(64, most), "warps": 4, "stages": 2}]
+
+
+@dataclass(frozen=True)
+class Decode(GpuVariant):
+    """Linear layers on few rows: splits the sum over many programs, bound by the weight's bytes."""
+
+    def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
+        rows = output_pixels(site)
+        if rows is None or rows > DECODE_ROWS:
+            return f"for at most {DECODE_ROWS} rows"
+        return None
+
+    def _tiles(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
+        rows = len(pattern.kept)
+        wanted = 4 * device.multiprocessors // max(1, rows)
+        tiles = int(pattern.kept.sum((1, 2)).max())
+        best = max(1, min(wanted, tiles // 4, 16))
+        splits = dict.fromkeys(s for s in (best, 2 * best, max(1, best // 2), 1) if s <= max(1, tiles))
+        return [{"pixels": 16, "warps": 4, "stages": 6, "split": split} for split in splits]
+
+
+def precision(site: Site) -> Parameters:
+    """`{"precision": "tf32" | "ieee"}` for fp32 layers, as torch's settings say; else nothing."""
+    if site.dtype != "float32":
+        return {}
+    backend = torch.backends.cudnn if site.kernel_size else torch.backends.cuda.matmul
+    try:
+        allowed = bool(backend.allow_tf32)
+    except RuntimeError:  # set through the newer interface
+        allowed = getattr(backend, "fp32_precision", "ieee") == "tf32"
+    return {"precision": "tf32" if allowed else "ieee"}
+
+
+def _enough_pixels(site: Site, most: int) -> int:
+    """The least power of two, from 16 to `most`, that holds all pixels."""
+    pixels = output_pixels(site)
+    size = 16
+    while size < most and (pixels is None or size < pixels):
+        size *= 2
+    return size
+
+
+def _stages(pixels: int, bh: int, bw: int, dtype: str, device: Any) -> int:
+    """Loads in flight: as many as shared memory holds, up to four."""
+    item = 4 if dtype == "float32" else 2
+    stage_bytes = (pixels + bh) * bw * item
+    return max(2, min(4, device.shared_bytes_per_block // stage_bytes))
+
+
+GPU_VARIANTS = (
+    Gather(name="triton_gather", device="cuda", dtypes=DTYPES, ops=("linear", *CONVOLUTIONS)),
+    Decode(name="triton_decode", device="cuda", dtypes=DTYPES, ops=("linear",)),
+)
