@@ -1,4 +1,5 @@
-"""What the planner knows about a machine: `DeviceSpec`, the named ones, and this one.
+"""What the planner knows about a machine: `DeviceSpec` for CPUs, the named ones, and this one; `device`
+finds these and GPUs (`gpu_devices`).
 
 Units are in the field names; every figure names its source. `calibrate` replaces the figures of the
 present machine by measured ones.
@@ -6,24 +7,26 @@ present machine by measured ones.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from .errors import OptionError
+from .figures import Figures
+from .gpu_devices import SPECS as GPU_SPECS
+from .gpu_devices import GpuSpec, present_gpu
 
 HOST = "host"
 KIB, MIB = 1024, 1024 * 1024
 
 
 @dataclass(frozen=True)
-class DeviceSpec:
+class DeviceSpec(Figures):
     """One CPU, with the threads that run a kernel. Immutable; equal by content.
 
     Args:
@@ -63,26 +66,19 @@ class DeviceSpec:
     efficiency: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for key in ("efficiency", "sources"):
-            object.__setattr__(self, key, dict(getattr(self, key)))
-        for name in NUMBERS:
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-                raise OptionError(
-                    f"DeviceSpec({self.name!r})",
-                    f"{name} to be a positive number",
-                    repr(value),
-                    "Start from a named spec: devices.device('avx512-2core').with_figures(...).",
-                )
+    type: ClassVar[str] = "cpu"
+    example: ClassVar[str] = "avx512-2core"
+    texts: ClassVar[tuple[str, ...]] = ("name", "isa")
 
-    def __hash__(self) -> int:
-        return hash(self.digest)
+    def __post_init__(self) -> None:
+        self.check()
+
+    __hash__ = Figures.__hash__
 
     @property
-    def type(self) -> str:
-        """Device type, as torch names it."""
-        return "cpu"
+    def summary(self) -> str:
+        """What kind of machine it is, in a few words."""
+        return f"{self.threads} threads, {self.isa}"
 
     @property
     def vector_lanes(self) -> int:
@@ -93,20 +89,6 @@ class DeviceSpec:
     def peak_fp32_flops_per_second(self) -> float:
         """All threads together."""
         return self.threads * self.peak_fp32_flops_per_second_per_thread
-
-    @property
-    def digest(self) -> str:
-        """16 hex digits over every figure (not over the name or the sources)."""
-        data = {key: value for key, value in self.to_json().items() if key not in ("name", "sources")}
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-    def with_figures(self, source: str, **figures: Any) -> DeviceSpec:
-        """The same device with some figures replaced; `efficiency` is merged, `source` says whence."""
-        fractions = figures.pop("efficiency", {})
-        efficiency = {**self.efficiency, **fractions}
-        names = (*figures, *(f"efficiency {name}" for name in fractions))
-        sources = {**self.sources, **dict.fromkeys(names, source)}
-        return replace(self, efficiency=efficiency, sources=sources, **figures)
 
     @classmethod
     def host(cls) -> DeviceSpec:
@@ -122,24 +104,10 @@ class DeviceSpec:
             dram_bytes_per_second=base.dram_bytes_per_second * max(1.0, share / 2),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
 
-    @classmethod
-    def from_json(cls, data: Any) -> DeviceSpec:
-        """Raises `OptionError` on anything that `to_json` did not write."""
-        try:
-            return cls(**data)
-        except TypeError as error:
-            raise OptionError(
-                "DeviceSpec.from_json", "every field of a DeviceSpec", str(error), "Write it with to_json."
-            ) from error
+AnyDevice = DeviceSpec | GpuSpec
 
-
-AnyDevice = DeviceSpec  # or a GpuSpec, once there is one
-
-NUMBERS = tuple(f.name for f in fields(DeviceSpec) if f.name not in ("name", "isa", "efficiency", "sources"))
+NUMBERS = DeviceSpec.number_names()
 
 
 def detect_isa() -> str:
@@ -303,34 +271,45 @@ SPECS: dict[str, DeviceSpec] = {
 }
 
 
-def device(which: str | torch.device | DeviceSpec | os.PathLike[str] | None = None) -> DeviceSpec:
+def device(which: str | torch.device | AnyDevice | os.PathLike[str] | None = None) -> AnyDevice:
     """The spec of a device.
 
     Args:
         which: `None`, `"cpu"`, `"host"` or a CPU `torch.device` for this machine (calibrated figures if
-            there are any), the name of a known device, a `.json` file written from
-            `DeviceSpec.to_json`, or a spec (returned as it is).
+            there are any), `"cuda"`, `"cuda:1"` or a CUDA `torch.device` for the GPU in it, the name of a
+            known device, a `.json` file written from a spec's `to_json`, or a spec (returned as it is).
 
     Raises:
         OptionError: for anything else; the message lists the names.
     """
-    if isinstance(which, DeviceSpec):
+    if isinstance(which, DeviceSpec | GpuSpec):
         return which
     if which is None or str(which) in (HOST, "cpu", "cpu:0"):
         from .calibrate import calibrated
 
         return calibrated(DeviceSpec.host())
     name = os.fspath(which) if isinstance(which, os.PathLike) else str(which)
-    if name in SPECS:
-        return SPECS[name]
+    kind, _, index = name.partition(":")
+    if kind == GpuSpec.type and (index.isdigit() or name == kind):
+        return present_gpu(int(index or 0))
+    named: dict[str, AnyDevice] = {**SPECS, **GPU_SPECS}
+    if name.lower() in named:
+        return named[name.lower()]
     if name.endswith(".json") and Path(name).is_file():
-        try:
-            return DeviceSpec.from_json(json.loads(Path(name).read_text()))
-        except json.JSONDecodeError as error:
-            raise OptionError(f"device({name!r})", "a JSON file", str(error), "Write it again.") from error
+        return _from_file(name)
     raise OptionError(
         f"device({name!r})",
         "the name of a known device",
         repr(name),
-        f"Known devices: {', '.join((HOST, *SPECS))}; or a .json file written from DeviceSpec.to_json.",
+        f"CPUs: {', '.join((HOST, *SPECS))}. GPUs: cuda (the present one), {', '.join(GPU_SPECS)}. "
+        "Or a .json file written from a spec's to_json.",
     )
+
+
+def _from_file(name: str) -> AnyDevice:
+    try:
+        data = json.loads(Path(name).read_text())
+    except json.JSONDecodeError as error:
+        raise OptionError(f"device({name!r})", "a JSON file", str(error), "Write it again.") from error
+    kind = data.get("type") if isinstance(data, dict) else None
+    return GpuSpec.from_json(data) if kind == GpuSpec.type else DeviceSpec.from_json(data)
