@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .codegen import inductor_api, lowerings
-from .codegen.cpu_template import source_digest
+from .codegen.lowerings import source_digest
 from .dump import GraphDump
 from .errors import BlockSparseError
 from .options import BackendOptions

@@ -46,7 +46,7 @@ def export(
     """
     # Not at the top: Inductor is slow to import, and training needs none of it.
     from .codegen import inductor_api, lowerings
-    from .codegen.cpu_template import source_digest
+    from .codegen.lowerings import source_digest
     from .options import BackendOptions
 
     if Path(path).suffix != ".pt2":

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from . import cost, disk_cache, variants
 from .codegen import inductor_api, lowerings
-from .codegen.cpu_template import source_digest
+from .codegen.lowerings import source_digest
 from .devices import AnyDevice
 from .devices import device as present_device
 from .passes.choose_kernels import find_patterns, traced_sizes

@@ -7,7 +7,6 @@ at a time, with literal trip counts, so that the C++ compiler keeps the tile in 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,6 @@ from .tiling import ConvGeometry, Size, Tiling, all_static
 _HERE = Path(__file__).parent
 _HEADER = _HERE / "include" / "block_sparse_f32.h"
 _SOURCE = _HERE / "templates" / "cpu_f32.cpp.jinja"
-
-
-@functools.cache
-def source_digest() -> str:
-    """16 hex digits over every source that the generated code comes from."""
-    digest = hashlib.sha256()
-    for path in (_HEADER, _SOURCE, *sorted(_HERE.glob("*.py"))):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 class BlockSparseTemplate(CppTemplate):

@@ -137,9 +137,11 @@ from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel  # noq
 from torch._inductor.codegen.cpp_utils import cexpr_index  # noqa: E402
 from torch._inductor.cpu_vec_isa import pick_vec_isa  # noqa: E402
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering  # noqa: E402
+from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate  # noqa: E402
 from torch._inductor.utils import Placeholder  # noqa: E402
 from torch._inductor.virtualized import V, ops  # noqa: E402
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing  # noqa: E402
+from torch.utils._triton import has_triton_package  # noqa: E402
 
 KERNEL_DESCRIPTION = str(Placeholder.DESCRIPTIVE_NAME)
 """Stands for a kernel's descriptive name in the text of a template."""
@@ -151,9 +153,12 @@ __all__ = [
     "FloorDiv",
     "ModularIndexing",
     "RestartAnalysis",
+    "SymbolicGridFn",
+    "TritonTemplate",
     "V",
     "cexpr_index",
     "fallback_handler",
+    "has_triton_package",
     "ir",
     "lowerings",
     "ops",

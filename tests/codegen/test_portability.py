@@ -13,7 +13,7 @@ import torch
 from kernel_cases import Case, Layer, assert_close_to_float64, compiling, run
 
 from blocksparse_compiler.codegen import lowerings
-from blocksparse_compiler.codegen.cpu_template import source_digest
+from blocksparse_compiler.codegen.lowerings import source_digest
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 

@@ -1,0 +1,167 @@
+"""`blocksparse::conv` and `blocksparse::linear` as Triton kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..variants import VARIANTS, KernelConfig
+from .gpu_template import Axis, KernelText, size_of, stride_of, template
+from .inductor_api import V, ir, lowerings
+from .lowering_errors import Unsupported
+from .tiling import is_static
+
+_AXES = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
+
+
+def lower_linear(
+    x: Any, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
+) -> Any:
+    weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
+    *rows, channels = x.get_size()
+    if not is_static(channels):
+        raise Unsupported("symbolic channels")
+    x = _reshape(x, [math.prod(rows), channels])
+    x = ir.ExternKernel.require_contiguous(x)
+    out = weight.multiply(x, (), [math.prod(rows), out_channels], flat=True)
+    return _reshape(out, [*rows, out_channels])
+
+
+def lower_conv(
+    x: Any,
+    values: Any,
+    row_ptr: Any,
+    tile_index: Any,
+    bias: Any,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    kernel: str,
+) -> Any:
+    weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
+    if len(kernel_size) == 1:
+        # A 1-D convolution is a 2-D one on images of one row.
+        n, channels, length = x.get_size()
+        geometry = ([1, *kernel_size], [1, *stride], [0, 0, *padding], [1, *dilation])
+        out = _lower_conv(weight, _reshape(x, [n, channels, 1, length]), *geometry)
+        return _reshape(out, [n, out_channels, out.get_size()[3]])
+    return _lower_conv(weight, x, kernel_size, stride, padding, dilation)
+
+
+def _lower_conv(
+    weight: _Weight,
+    x: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Any:
+    dims = len(kernel_size)
+    # Realized before its strides are asked for: a residual sum would else be copied for this layer, and
+    # computed again, from all that went into it, for the next one.
+    x.realize()
+    order = ir.NHWC_STRIDE_ORDER if dims == 2 else ir.NHWDC_STRIDE_ORDER
+    x = ir.ExternKernel.require_stride_order(x, order)
+    n, channels, *size = x.get_size()
+    if not is_static(channels) or x.get_stride()[1] != 1:
+        raise Unsupported(f"input of size {x.get_size()}, strides {x.get_stride()}")
+    out_size, masked = [], False
+    for i in range(dims):
+        before, after = padding[2 * i : 2 * i + 2]
+        reach = dilation[i] * (kernel_size[i] - 1)
+        out_size.append((size[i] + before + after - reach - 1) // stride[i] + 1)
+        last = (out_size[i] - 1) * stride[i] - before + reach
+        masked |= before > 0 or not V.graph.sizevars.statically_known_lt(last, size[i])
+    axes = tuple(
+        Axis(
+            name,
+            size_of("X", 2 + i),
+            size_of(None, 1 + i),
+            stride_of("X", 2 + i),
+            kernel_size[i],
+            stride[i],
+            padding[2 * i],
+            dilation[i],
+        )
+        for i, name in enumerate(_AXES[dims])
+    )
+    flat = all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and not any(padding)
+    flat = flat and _evenly_spaced(x)
+    out = weight.multiply(x, axes, [n, *out_size, weight.out_channels], flat=flat, masked=masked)
+    return lowerings[torch.ops.aten.permute.default](out, [0, dims + 1, *range(1, dims + 1)])
+
+
+def _evenly_spaced(x: Any) -> bool:
+    """Whether the pixels of all images lie at one distance from each other."""
+    n, _, *size = x.get_size()
+    strides = [x.get_stride()[0], *x.get_stride()[2:]]
+    expected = strides[-1]
+    for length, stride in zip(reversed([n, *size]), reversed(strides), strict=True):
+        if not V.graph.sizevars.statically_known_equals(stride, expected):
+            return False
+        expected = expected * length
+    return True
+
+
+class _Weight:
+    """A packed weight with its bias, and the kernel to run it."""
+
+    def __init__(
+        self, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
+    ) -> None:
+        self.operands = [values, row_ptr, tile_index]
+        self.bias = None if bias is None else ir.ExternKernel.require_contiguous(bias)
+        self.out_channels = out_channels
+        self.num_tiles, self.bh, self.bw = (int(size) for size in values.get_size())
+        self.config = KernelConfig.decode(kernel)
+        variant = VARIANTS.get(self.config.variant)
+        if variant is None or variant.device != "cuda":
+            raise Unsupported(f"{self.config.variant!r} is no GPU kernel")
+
+    def multiply(
+        self, x: Any, axes: tuple[Axis, ...], shape: list[Any], *, flat: bool, masked: bool = False
+    ) -> Any:
+        """The output node of the kernel, contiguous `shape`."""
+        if x.get_dtype() != self.operands[0].get_dtype():
+            raise Unsupported(f"{x.get_dtype()} input with {self.operands[0].get_dtype()} weights")
+        parameters = self.config.parameters
+        text = KernelText(
+            variant=self.config.variant,
+            axes=axes,
+            flat=flat,
+            masked=masked,
+            bias=self.bias is not None,
+            precision=str(parameters.get("precision", "")),
+        )
+        if masked and text.num_taps > 63:
+            raise Unsupported(f"{text.num_taps} taps with padding")
+        if self.num_tiles == 0:
+            raise Unsupported("no tile is kept")
+        inputs = [x, *self.operands, *([self.bias] if self.bias is not None else [])]
+        choices: list[Any] = []
+        error = template(text).maybe_append_choice(
+            choices,
+            input_nodes=tuple(ir.ExternKernel.realize_input(t) for t in inputs),
+            layout=ir.FixedLayout(x.get_device(), x.get_dtype(), shape),
+            num_stages=int(parameters["stages"]),
+            num_warps=int(parameters["warps"]),
+            PIXELS=int(parameters["pixels"]),
+            BH=self.bh,
+            BW=self.bw,
+            ROWS=int(self.operands[1].get_size()[0]),
+            TILES=self.num_tiles,
+            ALIGN=math.gcd(8, self.bw, int(x.get_size()[1 if axes else -1])),
+        )
+        if error is not None:
+            raise Unsupported(str(error))
+        return choices[0].output_node()
+
+
+def _reshape(x: Any, sizes: list[Any]) -> Any:
+    return lowerings[torch.ops.aten.reshape.default](x, sizes)

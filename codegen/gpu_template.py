@@ -1,0 +1,147 @@
+"""The block-sparse GPU kernels as Inductor Triton templates.
+
+The files `templates/gpu_*.jinja` are rendered in two steps: here for the geometry of a layer, so that the
+kernel reads as straight code for that layer, and by Inductor for sizes, arguments and the fused epilogue.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from .inductor_api import SymbolicGridFn, TritonTemplate
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_TEMPLATES),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial dimension of a convolution; sizes and strides are expressions in the kernel's text."""
+
+    name: str
+    size: str
+    out_size: str
+    input_stride: str
+    kernel: int
+    stride: int
+    padding: int
+    dilation: int
+
+
+@dataclass(frozen=True)
+class KernelText:
+    """Everything that the text of a kernel depends on, besides the numbers passed as constants.
+
+    Args:
+        variant: the kernel's row, and the name of its template file without `triton_`.
+        axes: spatial dimensions; none for a linear layer.
+        flat: pixels lie evenly spaced in memory and match one to one: no index arithmetic.
+        masked: some tap of some pixel falls outside the image.
+        bias: whether the kernel adds one.
+        precision: of fp32 products, `"tf32"` or `"ieee"`; empty for 16-bit types.
+        split: programs that share a sum (their results are added up afterwards).
+    """
+
+    variant: str
+    axes: tuple[Axis, ...] = ()
+    flat: bool = False
+    masked: bool = False
+    bias: bool = False
+    precision: str = ""
+    split: int = 1
+
+    @property
+    def num_taps(self) -> int:
+        return math.prod(axis.kernel for axis in self.axes)
+
+    def render(self) -> str:
+        """The source of a Triton template."""
+        taps = list(itertools.product(*([(axis, k) for k in range(axis.kernel)] for axis in self.axes)))
+        name = self.variant.removeprefix("triton_")
+        return _ENVIRONMENT.get_template(f"gpu_{name}.jinja").render(
+            axes=self.axes,
+            flat=self.flat,
+            masked=self.masked,
+            bias=self.bias,
+            split=self.split,
+            taps=taps if len(taps) > 1 else [],
+            tap_offset=self._tap_offset(),
+            mask_type="int32" if len(taps) < 32 else "int64",
+            pixel_count=self._pixel_count(),
+            pixel_stride=stride_of("X", len(self.axes) + 1 if self.axes else 0),
+            out_channels=size_of(None, len(self.axes) + 1),
+            dot_options=f', input_precision="{self.precision}"' if self.precision else "",
+            size=size_of,
+            stride=stride_of,
+            def_kernel=self._def_kernel,
+            store_output=self._store_output,
+        )
+
+    def _tap_offset(self) -> str:
+        """Elements between a pixel's first input and that of `tap`."""
+        terms, inner = [], self.num_taps
+        for axis in self.axes:
+            inner //= axis.kernel
+            if axis.kernel > 1:
+                digit = f"tap // {inner} % {axis.kernel}" if inner > 1 else f"tap % {axis.kernel}"
+                if inner * axis.kernel == self.num_taps:
+                    digit = f"tap // {inner}" if inner > 1 else "tap"
+                terms.append(f"{digit} * ({axis.dilation} * {axis.input_stride})")
+        return " + ".join(terms) or "0"
+
+    def _pixel_count(self) -> str:
+        return " * ".join([size_of("X", 0), *(axis.out_size for axis in self.axes)])
+
+    def _def_kernel(self, *names: str) -> str:
+        wanted = [name for name in names if name != "BIAS" or self.bias]
+        arguments = ", ".join(f'"{name}"' for name in wanted)
+        return _hook(f"def_kernel({arguments})")
+
+    def _store_output(self, value: str, mask: str, shape: tuple[str, str]) -> str:
+        indices = ["idx_n", *(f"idx_{axis.name}" for axis in self.axes), "idx_c"]
+        if not self.axes:
+            indices = ["idx_row", "idx_c"]
+        return _hook(f'store_output({tuple(indices)!r}, "{value}", "{mask}", val_shape={shape!r})')
+
+
+def _hook(call: str) -> str:
+    """Text that Inductor replaces when it renders the template."""
+    return "{{" + call + "}}"
+
+
+def size_of(name: str | None, dim: int) -> str:
+    return _hook(f"size({name!r}, {dim})")
+
+
+def stride_of(name: str, dim: int) -> str:
+    return _hook(f"stride({name!r}, {dim})")
+
+
+@SymbolicGridFn
+def _grid(*sizes: Any, cdiv: Any) -> Any:
+    *pixels, _channels, meta = sizes
+    count = 1
+    for size in pixels:
+        count = count * size
+    return (cdiv(count, meta["PIXELS"]) * meta["ROWS"], 1, 1)
+
+
+@functools.cache
+def template(text: KernelText) -> TritonTemplate:
+    """The Inductor template for this text; one per text, since Inductor wants unique names."""
+    source = text.render()
+    digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+    return TritonTemplate(name=f"blocksparse_{text.variant}_{digest}", grid=_grid, source=source)
