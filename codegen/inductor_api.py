@@ -166,3 +166,71 @@ __all__ = [
     "pick_vec_isa",
     "register_lowering",
 ]
+
+# ---- Inductor without its device (mock_gpu, offline) -----------------------------------------------
+
+
+@contextlib.contextmanager
+def pretend_device(
+    properties: Any, capability: tuple[int, int], arch: int | str, *, hip: bool
+) -> Iterator[None]:
+    """Torch's own view of a GPU `cuda:0` with these properties (as `torch.cuda.get_device_properties`)."""
+    from torch._dynamo import device_interface
+
+    interface = _device_interface(device_interface.CudaInterface, properties, arch)
+    device_interface.get_interface_for_device("cpu")  # registers the real ones first
+    patches: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "get_device_capability", lambda device=None: capability),
+        (torch.cuda, "get_device_properties", lambda device=None: properties),
+        (torch.cuda, "get_device_name", lambda device=None: properties.name),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.version, "hip", "6.4.0" if hip else None),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_forget_device)
+        for where, name, value in patches:
+            stack.enter_context(mock.patch.object(where, name, value))
+        interfaces = {"cuda": interface, "cuda:0": interface}
+        stack.enter_context(mock.patch.dict(device_interface.device_interfaces, interfaces))
+        _forget_device()
+        yield
+
+
+def _device_interface(base: type, properties: Any, arch: int | str) -> type:
+    class Worker:
+        set_device = staticmethod(lambda device: None)
+        current_device = staticmethod(lambda: 0)
+        get_device_properties = staticmethod(lambda device=None: properties)
+
+    answers: dict[str, Any] = {
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "is_available": lambda: True,
+        "get_device_properties": lambda device=None: properties,
+        "get_compute_capability": lambda device=None: arch,
+        "get_multi_processor_count": lambda device=None: properties.multi_processor_count,
+        "is_bf16_supported": lambda including_emulation=False: True,
+        "is_triton_capable": lambda device=None: True,
+        "raise_if_triton_unavailable": lambda device=None: None,
+        "synchronize": lambda device=None: None,
+        "set_device": lambda device: None,
+        "exchange_device": lambda device: 0,
+        "maybe_exchange_device": lambda device: 0,
+        "memory_allocated": lambda device=None: 0,
+        "get_raw_stream": lambda device: 0,
+    }
+    members = {name: staticmethod(answer) for name, answer in answers.items()}
+    return type("PretendedCuda", (base,), {"Worker": Worker, **members})
+
+
+def _forget_device() -> None:
+    """Clears what torch remembers about the device: caches of pure functions, filled anew when asked."""
+    import torch._inductor.utils
+    import torch.utils._triton
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    remembered = [*vars(torch._inductor.utils).values(), *vars(torch.utils._triton).values()]
+    for function in (*remembered, DeviceProperties.create):
+        clear = getattr(getattr(function, "__func__", function), "cache_clear", None)
+        if callable(clear) and not isinstance(function, type):
+            clear()
