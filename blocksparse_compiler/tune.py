@@ -286,7 +286,7 @@ def _timings(
     """
     geometry = {k: v for k, v in site.to_json().items() if k not in ("name", "node", "epilogue")}
     listing = [[label, c.pattern.num_kept, config] for label, (c, config) in options.items()]
-    key = [geometry, dict(hints or {}), listing, device.isa, device.threads, *disk_cache.versions()]
+    key = [geometry, dict(hints or {}), listing, device.name, device.summary, *disk_cache.versions()]
     known = disk_cache.load("tuning", key)
     if isinstance(known, dict) and set(known) == {DENSE, *options}:
         return known
