@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import gpu_roofline, roofline, variants
+from . import gpu_roofline, roofline, tuned_table, variants
 from .devices import AnyDevice
 from .gpu_devices import GpuSpec
 from .pattern import BlockPattern, BlockShape
@@ -59,7 +59,8 @@ def _configs(
     if not isinstance(pattern, BlockPattern):
         shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
         pattern = _full(shape, pattern, site.groups)
-    return variants.VARIANTS[variant].configs(site, pattern, device)
+    configs = variants.VARIANTS[variant].configs(site, pattern, device)
+    return configs[:1] if tuned_table.best(variant, site, pattern, device.name) else configs
 
 
 @functools.lru_cache(maxsize=256)
