@@ -107,7 +107,10 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     source = ASTSource(jit_function, dict(signature), dict(constants), attributes)
-    compiled = triton.compile(source, target=target.triton_target(), options=dict(options))
+    # As Inductor compiles on a GPU; Triton's own default is about to change.
+    compiled = triton.compile(
+        source, target=target.triton_target(), options={"enable_fp_fusion": True, **options}
+    )
     nvidia = target.is_nvidia
     assembly = compiled.asm["ptx" if nvidia else "amdgcn"]
     binary = compiled.asm["cubin" if nvidia else "hsaco"]
