@@ -108,8 +108,11 @@ class Gather(GpuVariant):
 
 
 @dataclass(frozen=True)
-class Decode(GpuVariant):
-    """Linear layers on few rows: splits the sum over many programs, bound by the weight's bytes."""
+class Decode(Gather):
+    """Linear layers on few rows, bound by the weight's bytes.
+
+    Parameters: `split` programs share each sum; from two on, a second kernel adds up their parts.
+    """
 
     def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
         rows = output_pixels(site)

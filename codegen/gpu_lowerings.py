@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 
 from ..packing import STEP_CHANNELS
 from ..variants import VARIANTS, KernelConfig
 from .gpu_descriptor import MAX_RANK, has_phases, rank
 from .gpu_template import Axis, KernelText, size_of, stride_of, template
-from .inductor_api import V, ir, lowerings
+from .inductor_api import V, ir, lowerings, ops
 from .lowering_errors import Unsupported
 from .tiling import is_static
 
@@ -138,21 +139,27 @@ class _Weight:
             return self._bias_alone(x, shape)
         parameters = self.config.parameters
         inputs = [ir.ExternKernel.realize_input(t) for t in (x, *self.operands)]
-        variant, boxes = self.config.variant, {}
+        variant, constants, split = self.config.variant, {}, 1
         if variant == "triton_box":
-            boxes = {} if flat else self._boxes(axes)
+            constants = {} if flat else self._boxes(axes)
             reason = _no_descriptor(inputs[0], axes, flat=flat)
-            if boxes and math.prod(boxes.values()) != parameters["pixels"]:
-                reason = f"boxes of {boxes} do not hold {parameters['pixels']} pixels"
+            if constants and math.prod(constants.values()) != parameters["pixels"]:
+                reason = f"boxes of {constants} do not hold {parameters['pixels']} pixels"
             if reason is not None:
                 log.info("activations are read through pointers: %s", reason)
-                variant, boxes = "triton_gather", {}
+                variant, constants = "triton_gather", {}
+        if variant == "triton_decode":
+            if axes or not is_static(shape[0]) or shape[0] > parameters["pixels"]:
+                raise Unsupported(f"output of shape {shape}: for at most {parameters['pixels']} rows")
+            split = int(parameters.get("split", 1))
+            constants = {"SPLIT": split}
         text = KernelText(
             variant=variant,
             axes=axes,
             flat=flat,
             masked=masked,
-            bias=self.bias is not None,
+            bias=self.bias is not None and split == 1,
+            split=split,
             precision=str(parameters.get("precision", "")),
             swapped=variant == "triton_gather" and bool(parameters.get("swapped", 0)),
             boxed=variant == "triton_box",
@@ -160,13 +167,15 @@ class _Weight:
         step = int(parameters.get("step", 1))
         if step * self.bw > max(self.bw, STEP_CHANNELS):
             raise Unsupported(f"{step} tiles of {self.bw} channels at a time")
-        if self.bias is not None:
+        if text.bias:
             inputs.append(ir.ExternKernel.realize_input(self.bias))
         choices: list[Any] = []
         error = template(text).maybe_append_choice(
             choices,
             input_nodes=tuple(inputs),
-            layout=ir.FixedLayout(x.get_device(), x.get_dtype(), shape),
+            layout=ir.FixedLayout(x.get_device(), x.get_dtype(), shape)
+            if split == 1
+            else ir.FixedLayout(x.get_device(), torch.float32, [split, *shape]),
             num_stages=int(parameters["stages"]),
             num_warps=int(parameters["warps"]),
             PIXELS=int(parameters["pixels"]),
@@ -176,11 +185,29 @@ class _Weight:
             ROWS=int(self.operands[1].get_size()[0]),
             TILES=self.num_tiles,
             ALIGN=math.gcd(8, self.bw, int(x.get_size()[1 if axes else -1])),
-            **boxes,
+            **constants,
         )
         if error is not None:
             raise Unsupported(str(error))
-        return choices[0].output_node()
+        out = choices[0].output_node()
+        return out if split == 1 else self._sum_up(out, x.get_dtype())
+
+    def _sum_up(self, parts: Any, dtype: torch.dtype) -> Any:
+        """The sum of `parts` `[split, rows, O]` and the bias: pointwise, so that it fuses with what follows."""
+        split, *shape = parts.get_size()
+        load = parts.make_loader()
+        load_bias = None if self.bias is None else self.bias.make_loader()
+
+        def inner(index: Sequence[Any]) -> Any:
+            terms = [load([sympy.Integer(part), *index]) for part in range(int(split))]
+            if load_bias is not None:
+                terms.append(ops.to_dtype(load_bias([index[-1]]), torch.float32))
+            while len(terms) > 1:
+                pairs = [ops.add(*terms[i : i + 2]) for i in range(0, len(terms) - 1, 2)]
+                terms = pairs + terms[len(terms) // 2 * 2 :]
+            return ops.to_dtype(terms[0], dtype)
+
+        return ir.Pointwise.create(device=parts.get_device(), dtype=dtype, inner_fn=inner, ranges=shape)
 
     def _bias_alone(self, x: Any, shape: list[Any]) -> Any:
         """What a weight without any kept tile gives."""

@@ -100,7 +100,7 @@ class KernelText:
             digits=dict(zip((axis.name for axis in self.axes), self._tap_digits(), strict=True)),
             pixel_count=self._pixel_count(),
             pixel_stride=self._pixel_stride(),
-            out_channels=size_of(None, len(self.axes) + 1),
+            out_channels=size_of(None, len(self._indices) - 1),
             dot_options=f', input_precision="{self.precision}"' if self.precision else "",
             size=size_of,
             stride=stride_of,
@@ -146,10 +146,14 @@ class KernelText:
         return _hook(f"def_kernel({arguments})")
 
     def _store_output(self, value: str, mask: str, shape: tuple[str, str]) -> str:
-        indices = ["idx_n", *(f"idx_{axis.name}" for axis in self.axes), "idx_c"]
-        if not self.axes:
-            indices = ["idx_row", "idx_c"]
-        return _hook(f'store_output({tuple(indices)!r}, "{value}", "{mask}", val_shape={shape!r})')
+        return _hook(f'store_output({self._indices!r}, "{value}", "{mask}", val_shape={shape!r})')
+
+    @property
+    def _indices(self) -> tuple[str, ...]:
+        """The output's indices, outermost first."""
+        part = ("idx_part",) if self.split > 1 else ()
+        pixel = ("idx_n", *(f"idx_{axis.name}" for axis in self.axes)) if self.axes else ("idx_row",)
+        return (*part, *pixel, "idx_c")
 
 
 def _hook(call: str) -> str:
@@ -173,6 +177,8 @@ def _number(call: str) -> str:
 @SymbolicGridFn
 def _grid(*sizes: Any, cdiv: Any) -> Any:
     *pixels, _channels, meta = sizes
+    if "SPLIT" in meta:
+        return (meta["ROWS"] * meta["SPLIT"], 1, 1)
     boxed = "BOX_N" in meta
     count = 1
     for size, axis in zip(pixels, ("N", *"DHW"[4 - len(pixels) :]), strict=True):
@@ -180,9 +186,13 @@ def _grid(*sizes: Any, cdiv: Any) -> Any:
     return ((count if boxed else cdiv(count, meta["PIXELS"])) * meta["ROWS"], 1, 1)
 
 
-@functools.cache
 def template(text: KernelText) -> TritonTemplate:
-    """The Inductor template for this text; one per text, since Inductor wants unique names."""
-    source = text.render()
+    """The Inductor template for this text."""
+    return _template(text.variant, text.render())
+
+
+@functools.cache
+def _template(variant: str, source: str) -> TritonTemplate:
+    """One template per source, since Inductor wants unique names."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-    return TritonTemplate(name=f"blocksparse_{text.variant}_{digest}", grid=_grid, source=source)
+    return TritonTemplate(name=f"blocksparse_{variant}_{digest}", grid=_grid, source=source)

@@ -76,3 +76,23 @@ CONFIGURATIONS = [
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
 def test_geometries(dtype):
     check([replace(case, dtype=dtype, seed=i) for i, case in enumerate(GEOMETRIES)])
+
+
+def test_configurations():
+    check(CONFIGURATIONS)
+
+
+DECODE = [
+    GpuCase((1, 64), 64, (), (32, 32), variant="triton_decode"),
+    GpuCase((3, 128), 96, (), (32, 32), variant="triton_decode", parameters={"split": 3, "step": 2}),
+    GpuCase((2, 5, 64), 80, (), (16, 16), variant="triton_decode", parameters={"split": 2, "step": 4}),
+    GpuCase((16, 100), 50, (), (16, 16), bias=False, variant="triton_decode", parameters={"split": 8}),
+    GpuCase((4, 256), 128, (), (64, 64), empty_rows=(1,), variant="triton_decode", parameters={"split": 4}),
+    GpuCase((4, 64), 128, (), (128, 64), density=0.0, variant="triton_decode", parameters={"split": 4}),
+]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
+def test_decode(dtype):
+    few = {"pixels": 16}
+    check([replace(case, dtype=dtype, parameters={**few, **case.parameters}) for case in DECODE])
