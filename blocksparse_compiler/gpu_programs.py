@@ -12,7 +12,8 @@ from . import gpu_variants
 from .gpu_devices import GpuSpec
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
-from .sizes import Number, ceiling, maximum
+from .roofline import positions, symbolic
+from .sizes import Number, ceiling, maximum, number
 
 Config = Mapping[str, "int | str"]
 
@@ -37,26 +38,28 @@ class Programs:
         products: tiles that each multiplies.
         loads: activation tiles that each loads; fewer where block rows share them.
         block_rows: block rows of one program.
+        loops: loops of one program, each of which fills the software pipeline anew.
     """
 
     products: np.ndarray
     loads: np.ndarray
     block_rows: int = 1
+    loops: int = 1
 
     @classmethod
     def single(cls, tiles: np.ndarray) -> Programs:
         """One program per block row."""
         return cls(tiles, tiles)
 
-    def split(self, parts: int) -> Programs:
-        """Every sum shared out over `parts` programs, in runs of equal length but for the last."""
+    def split(self, parts: int, step: int = 1) -> Programs:
+        """Every sum shared out over `parts` programs, in runs of whole steps, the last may be shorter."""
         share = np.arange(parts)
 
         def shared(tiles: np.ndarray) -> np.ndarray:
-            run = np.ceil(tiles / parts)[:, None]
+            run = np.ceil(tiles / (parts * step))[:, None] * step
             return np.clip(tiles[:, None] - share * run, 0, run).ravel()
 
-        return Programs(shared(self.products), shared(self.loads), self.block_rows)
+        return Programs(shared(self.products), shared(self.loads), self.block_rows, self.loops)
 
 
 def programs(
@@ -67,32 +70,27 @@ def programs(
     Args:
         pattern: the kept tiles; or a block shape, for tiles of that `density` at random.
     """
+    step, parts = int(config.get("step", 1)), int(config.get("split", 1))
     if isinstance(pattern, BlockPattern):
-        tiles = pattern.kept.sum((1, 2)).double().numpy()
         if variant == "triton_pair":
-            both, single = _pairs(pattern)
-            return Programs(2 * both + single, both + single, 2)
+            from .pair_packing import pair_rows
+
+            pairs = pair_rows(pattern)
+            products, loads = (np.array([getattr(p, n) for p in pairs], float) for n in ("products", "loads"))
+            return Programs(products, loads, block_rows=2, loops=3)
+        tiles = pattern.kept.sum((1, 2)).double().numpy()
+        tiles = np.ceil(tiles / step) * step  # block rows are filled up to whole steps
     else:
         bh, bw = pattern
         per_row = math.prod(site.kernel_size) * math.ceil(site.in_channels / site.groups / bw)
         rows = site.groups * math.ceil(site.out_channels / site.groups / bh)
-        tiles = np.full(rows, density * per_row)
+        kept = density * per_row
         if variant == "triton_pair":
-            paired, shared = rows // 2 + rows % 2, density * density * per_row
-            loads = np.full(paired, 2 * density * per_row - shared)
-            return Programs(np.full(paired, 2 * density * per_row), loads, 2)
+            count, shared = (rows + 1) // 2, density * kept
+            return Programs(np.full(count, 2 * kept), np.full(count, 2 * kept - shared), 2, 3)
+        tiles = np.full(rows, kept + (step - 1) / 2)
     found = Programs.single(tiles)
-    parts = int(config.get("split", 1))
-    return found.split(parts) if parts > 1 else found
-
-
-def _pairs(pattern: BlockPattern) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles in both, and in only one, of the block rows of each pair (neighbours)."""
-    kept = pattern.ungroup().kept.flatten(1).numpy()
-    if len(kept) % 2:
-        kept = np.concatenate([kept, np.zeros_like(kept[:1])])
-    first, second = kept[0::2], kept[1::2]
-    return (first & second).sum(1).astype(float), (first ^ second).sum(1).astype(float)
+    return found.split(parts, step) if parts > 1 else found
 
 
 @dataclass(frozen=True)
@@ -111,11 +109,27 @@ class Tile:
         return int(self.config["pixels"])
 
     @property
+    def step(self) -> int:
+        """Kept tiles that one turn of the loop multiplies."""
+        return int(self.config.get("step", 1))
+
+    @property
+    def count(self) -> Number:
+        """How many cover all output pixels; boxes cover images, others all pixels in a row."""
+        sides = [int(self.config[f"box_{axis}"]) for axis in "ndhw" if f"box_{axis}" in self.config]
+        if not sides:
+            return ceiling(number(positions(self.site)) / self.pixels)
+        images, *_ = self.site.input_shape
+        extent = (images, *self.site.output_spatial)
+        counts = (ceiling(number(symbolic(n)) / side) for n, side in zip(extent, sides, strict=True))
+        return math.prod(counts)
+
+    @property
     def occupancy(self) -> int:
         """Programs that one multiprocessor runs at a time."""
         device, (bh, bw) = self.device, self.block
         warps = int(self.config["warps"])
-        stage = (self.pixels + bh * self.block_rows) * bw * item_bytes(self.site)
+        stage = (self.pixels + bh * self.block_rows) * bw * self.step * item_bytes(self.site)
         shared = int(self.config["stages"]) * stage
         threads = warps * device.warp_threads
         accumulators = self.pixels * bh * self.block_rows / threads
@@ -150,8 +164,9 @@ class Tile:
         # Little's law: all stages but the one in use are on their way.
         in_flight = max(1, int(self.config["stages"]) - 1)
         latency = device.load_latency_seconds * (2 if far else 1)
-        arrival = work.products * latency / in_flight
-        return throughput, np.maximum(throughput, arrival) + device.program_seconds
+        arrival = work.products / self.step * latency / in_flight
+        fixed = device.program_seconds + (work.loops - 1) * latency
+        return throughput, np.maximum(throughput, arrival) + fixed
 
     def _efficiency(self) -> float:
         table = self.device.efficiency
@@ -161,12 +176,11 @@ class Tile:
 
     def _flops_per_shared_byte(self) -> float:
         """Of matrix instructions 64 x n x 16 that read both operands from shared memory (`wgmma`)."""
-        columns = min(256, self.pixels) if self._weights_are_rows() else self.block[0]
+        swapped = any(key.startswith(("box_", "swapped")) for key in self.config)
+        swapped |= self.variant in ("triton_box", "triton_decode")  # the weights are the rows
+        columns = min(256, self.pixels) if swapped else self.block[0]
         size = item_bytes(self.site)
         return 2 * 64 * columns * 16 / (size * 16 * (64 + columns))
-
-    def _weights_are_rows(self) -> bool:
-        return self.variant != "triton_gather" and self.block[0] >= 64
 
 
 def makespan(seconds: np.ndarray, tiles: Number, slots: int) -> Number:

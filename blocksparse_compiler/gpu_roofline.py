@@ -23,7 +23,7 @@ from .gpu_devices import GpuSpec
 from .gpu_programs import Config, Programs, Tile, item_bytes, makespan, peak_flops_per_second, programs
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
-from .roofline import Cost, Hints, geometry, positions, symbolic, weight_elements
+from .roofline import FEW_ROWS, Cost, Hints, geometry, positions, symbolic, weight_elements
 from .sizes import Number, ceiling, maximum, number, where
 
 OVERLAP = 0.95
@@ -104,7 +104,7 @@ def _dense_kernel(site: Site, device: GpuSpec, efficiency: float, extra_traffic:
         compute_seconds=flops / rate / _dense_fill(site, device),
         memory_seconds=_activation_seconds(activations, device) + weights,
         # The second kernel runs after the first: its time adds up, whatever bounds that one.
-        overhead_seconds=launches * device.launch_seconds + extra,
+        overhead_seconds=launches * device.launch_seconds + device.program_seconds + extra,
     )
 
 
@@ -120,7 +120,7 @@ def _dense_fill(site: Site, device: GpuSpec) -> Number:
                 programs = tiles * split
                 waves = ceiling(programs / device.multiprocessors)
                 best = maximum(best, part * used * programs / (waves * device.multiprocessors))
-    return best
+    return where(_positions(site) < FEW_ROWS + 1, 1, best)  # products of few rows have kernels of their own
 
 
 # ---- block-sparse kernels --------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def kernel_cost(
     """
     size, split = item_bytes(site), int(config.get("split", 1))
     tile = Tile(site, block, device, variant, config, work.block_rows)
-    tiles = ceiling(_positions(site) / tile.pixels)
+    tiles = tile.count
     once = isinstance(tiles, int) and tiles == 1  # each weight tile is read by one program, from memory
     throughput, latency = tile.seconds(work, far=once)
     compute = maximum(
