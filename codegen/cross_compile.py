@@ -46,6 +46,18 @@ class Resources:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def blocks_per_multiprocessor(self, target: GpuTarget) -> int:
+        """Blocks that run on a multiprocessor at once, as registers, threads and shared memory allow."""
+        threads = self.num_warps * target.warp_size
+        # Registers are given to a warp in units of 256; each block has 1 KiB of shared memory to itself.
+        warp_registers = -(-max(1, self.registers) * target.warp_size // 256) * 256
+        limits = [
+            target.registers_per_multiprocessor // (warp_registers * self.num_warps),
+            target.threads_per_multiprocessor // threads,
+            (target.shared_memory_bytes + 1024) // (self.shared_bytes + 1024),
+        ]
+        return min(limits)
+
 
 @dataclass(frozen=True)
 class CompiledKernel:

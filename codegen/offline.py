@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from ..errors import LayerError
+from ..gpu_devices import GpuSpec
 from . import inductor_api, lowerings
 from .lift_constants import LiftedGraph, fold_constants, lift_constants
 from .mock_gpu import GpuTarget, gpu_target, mock_gpu
@@ -35,7 +36,7 @@ _DEVICE = torch.device("cuda", 0)
 def generate(
     gm: GraphModule,
     example_inputs: Sequence[Any] | None = None,
-    target: str | GpuTarget = "sm_90",
+    target: str | GpuTarget | GpuSpec = "sm_90",
     *,
     config: Mapping[str, Any] | None = None,
 ) -> OfflineProgram:
@@ -45,7 +46,7 @@ def generate(
         gm: an ATen-level graph with CPU tensors (`trace`, or that after the package's passes), weights as
             attributes. Its nodes hold fake tensors; sizes may be symbolic. It is not changed.
         example_inputs: what the graph takes, where its nodes hold no fake tensors.
-        target: `"sm_80"`, `"sm_90"`, `"gfx942"` … or a device spec with `backend` and `arch`.
+        target: `"sm_80"`, `"sm_90"`, `"gfx942"` … or a device of the planner.
         config: Inductor options.
 
     Raises:

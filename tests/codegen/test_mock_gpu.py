@@ -10,6 +10,7 @@ from torch.utils._triton import has_triton
 
 from blocksparse_compiler.codegen.mock_gpu import TARGETS, GpuTarget, gpu_target, mock_gpu
 from blocksparse_compiler.errors import BlockSparseError
+from blocksparse_compiler.gpu_devices import SPECS as GPU_SPECS
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -58,12 +59,12 @@ def test_state_returns_after_an_error():
     assert state() == before
 
 
-def test_targets_by_name_number_and_device_spec():
-    class Spec:
-        backend, arch = "cuda", 90
-
-    assert gpu_target("sm_90") is gpu_target(Spec()) is gpu_target("90") is TARGETS["sm_90"]
-    assert gpu_target(TARGETS["sm_80"]) is TARGETS["sm_80"]
+@pytest.mark.parametrize("spec", GPU_SPECS.values(), ids=GPU_SPECS)
+def test_targets_of_devices(spec):
+    target, known = gpu_target(spec), TARGETS[spec.target]
+    assert gpu_target(known) is known and target.device_name == spec.name
+    for field in ("backend", "arch", "warp_size", "shared_memory_bytes", "capability"):
+        assert getattr(target, field) == getattr(known, field), field
 
 
 @pytest.mark.parametrize("name", ["sm_90a", "h200", "", "sm90"])
