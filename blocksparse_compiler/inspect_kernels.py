@@ -202,9 +202,10 @@ def kernel_table(reports: Iterable[KernelReport], title: str, externs: Iterable[
 
 def _row(report: KernelReport) -> tuple[str, ...]:
     kernel = report.kernel
-    names = ", ".join(kernel.layers) if kernel.is_template else kernel.name
+    more = f" and {len(kernel.layers) - 1} more" if len(kernel.layers) > 1 else ""
+    name = kernel.layers[0] + more if kernel.is_template and kernel.layers else kernel.name
     fused = " ".join(dict.fromkeys(op.split(".")[1] for op in kernel.ops if "." in op))
-    head = (names, fused, str(len(kernel.calls)), str(kernel.num_warps), str(kernel.num_stages))
+    head = (name, fused, str(len(kernel.calls)), str(kernel.num_warps), str(kernel.num_stages))
     if report.compiled is None:
         return (*head, "", "", "", "", "", f"failed: {report.error}")
     found = report.compiled.resources
@@ -213,7 +214,7 @@ def _row(report: KernelReport) -> tuple[str, ...]:
         *head,
         str(found.registers),
         f"{found.spill_bytes} B",
-        f"{found.shared_bytes / 1024:.4g} KiB",
+        f"{found.shared_bytes / 1024:.1f} KiB",
         str(found.blocks_per_multiprocessor(report.compiled.target)),
         copies,
         found.tensor_core or "",

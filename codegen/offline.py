@@ -28,7 +28,7 @@ from . import inductor_api, lowerings
 from .lift_constants import LiftedGraph, fold_constants, lift_constants
 from .mock_gpu import GpuTarget, gpu_target, mock_gpu
 from .triton_kernel import TritonKernel
-from .wrapper_text import extern_calls, kernel_definition, read_kernels
+from .wrapper_text import KernelText, extern_calls, kernel_definition, read_kernels
 
 _DEVICE = torch.device("cuda", 0)
 
@@ -163,13 +163,14 @@ def _program(
     source: str, target: GpuTarget, lifted: LiftedGraph, names: Sequence[str], constants: dict[str, Tensor]
 ) -> OfflineProgram:
     layers = {name: lifted.layers[name] for name in constants if name in lifted.layers}
-    kernels = []
+    externs = extern_calls(source)
+    kernels, seen = [], set[str]()
     for text in read_kernels(source):
         arguments = dict.fromkeys(argument for call in text.calls for argument in call)
         owners = dict.fromkeys(layers[name] for name in arguments if name in layers)
-        kernels.append(
-            TritonKernel(text.name, text.text, target, text.nodes, text.ops, tuple(owners), text.calls)
-        )
+        computed = _computed(text, seen, externs)
+        nodes, ops = zip(*computed, strict=True) if computed else ((), ())
+        kernels.append(TritonKernel(text.name, text.text, target, nodes, ops, tuple(owners), text.calls))
     return OfflineProgram(
         source,
         target,
@@ -180,6 +181,19 @@ def _program(
         tuple(names),
         lifted.unflatten,
     )
+
+
+def _computed(text: KernelText, seen: set[str], externs: Sequence[str]) -> list[tuple[str, str]]:
+    """The (node, operator) pairs that a kernel computes: Inductor also lists what its inputs come from.
+
+    `seen` holds the nodes of earlier kernels, and takes in those of this one.
+    """
+    pairs = list(zip(text.nodes, text.ops, strict=True))
+    new = [
+        (n, op) for n, op in pairs if n not in seen and op.split(".")[-2] not in externs and op not in externs
+    ]
+    seen.update(text.nodes)
+    return new or pairs
 
 
 # ---- running -------------------------------------------------------------------------------------------
