@@ -43,7 +43,7 @@ class GpuSpec(Figures):
             registers of 32 bits.
         load_latency_seconds: from asking for a tile that is in L2 to using it, under load; twice that from
             memory.
-        program_seconds: of one program outside its loop: setup, first load, epilogue.
+        program_seconds: of one program outside its loops: setup, looking up its block row, epilogue.
         launch_seconds: gap that one kernel costs in a stream.
         graph_launch_seconds: the same inside a CUDA graph; see `with_graphs`.
         efficiency: fractions. Of peak: `"dense/<geometry>"` for cuDNN and cuBLAS, `"dense/template"` for
@@ -191,7 +191,7 @@ _H100_SPEC = GpuSpec(
     threads_per_multiprocessor=2048,
     warp_threads=32,
     load_latency_seconds=0.45e-6,
-    program_seconds=0.8e-6,
+    program_seconds=0.6e-6,
     launch_seconds=2.5e-6,
     graph_launch_seconds=1.3e-6,
     efficiency=_HOPPER_EFFICIENCY,
@@ -322,7 +322,7 @@ _MI300X_SPEC = (
     .with_figures(
         _LEAD,
         load_latency_seconds=0.8e-6,
-        program_seconds=1.5e-6,
+        program_seconds=1.2e-6,
         launch_seconds=4e-6,
         graph_launch_seconds=2.5e-6,
         efficiency={

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layer_cases import conv_site, even_pattern, linear_site
@@ -241,7 +243,9 @@ def test_kernels_of_single_block_rows_over_all_of_resnet50(batch, block, density
 def test_kernels_that_load_a_halo_once_for_nine_taps(batch, density, expected):
     """The same for 3x3 layers on kernels with 512 pixels and their halo (1.5 times the pixels) per load."""
     waste = {56: 64 / 56, 28: 32 / 28, 14: 16 / 14 * 1.07, 7: 64 / 49}  # pixels computed but not stored
-    config = {"pixels": 512, "warps": 8, "stages": 2}
+    config = {"pixels": 512, "warps": 8, "stages": 4}
+    # Warps that only copy keep the loads of the next program coming while one ends.
+    spec = H200.with_figures("test", program_seconds=1e-9, load_latency_seconds=1e-9)
     dense = halo = 0.0
     for *shape, count in RESNET50:
         side, channels, out, kernel = shape
@@ -249,7 +253,7 @@ def test_kernels_that_load_a_halo_once_for_nine_taps(batch, density, expected):
             site = layer(side, channels, out, kernel, round(batch * waste[side]))
             tiles = np.full(out // 64, density * 9 * channels / 64)
             record = gpu_roofline.kernel_cost(
-                site, H200, "triton_box", config, Programs(tiles, tiles * 1.5 / 9), (64, 64), 0
+                site, spec, "triton_box", config, Programs(tiles, tiles * 1.5 / 9), (64, 64), 0
             )
             traffic = cost.value(record.memory_seconds) / waste[side]  # of real pixels
             fixed = replace(record, memory_seconds=cost.symbolic(0) + traffic)
@@ -349,13 +353,50 @@ def decide(site, density, block=(64, 64), spec=H200):
 
 
 def test_layers_of_resnet50_get_what_suits_them():
-    large = decide(layer(14, 256, 256, 3, 256), 0.25)
-    assert not large.is_dense and large.speedup > 1.2
-    assert large.kernel != "triton_decode"
-    thin = decide(layer(56, 64, 256, 1, 256), 0.5)
-    assert thin.is_dense and ("activations" in thin.reason or "memory" in thin.reason)
-    tiny = decide(layer(7, 512, 512, 3, 1), 0.5)
-    assert tiny.is_dense
+    chosen = {}
+    for shape in ((56, 64, 64, 3), (14, 256, 256, 3), (14, 1024, 256, 1), (7, 512, 512, 3)):
+        decision = decide(layer(*shape, 256), 0.2)
+        assert not decision.is_dense and decision.speedup > 1.2
+        chosen[shape] = decision.kernel
+    assert set(chosen.values()) == {"triton_box", "triton_pair"}
+    assert chosen[56, 64, 64, 3] == "triton_box"  # one block row: nothing to share
+    assert decide(layer(14, 256, 256, 3, 256), 0.2, spec=SPECS["a100"]).kernel in (
+        "triton_gather",
+        "triton_pair",
+    )
+    assert decide(layer(56, 64, 256, 1, 256), 0.2).is_dense
+    assert decide(layer(7, 512, 512, 3, 1), 0.5).is_dense
+
+
+GOLDEN = [
+    ("large", "N% of NxN tiles kept: N us against N ms dense (Nx), bound by loading tiles from LN"),
+    ("half", "stays dense: N% kept needs below N% to pay at this size, bound by loading tiles from LN"),
+    ("thin", "stays dense: bound by reading and writing activations, which no zero block spares"),
+    ("decode", "N% of NxN tiles kept: N us against N us dense (Nx), bound by device memory"),
+    (
+        "lonely",
+        "stays dense: N% kept needs below N% to pay at this size, "
+        "with too few programs to fill N multiprocessors",
+    ),
+    ("tiny", "stays dense: too little work at this size for any sparse kernel to pay"),
+    ("exact", "N% of NxN tiles kept: N ms against N ms dense (Nx), bound by matrix instructions"),
+]
+
+
+@pytest.mark.parametrize("name, sentence", GOLDEN, ids=[name for name, _ in GOLDEN])
+def test_sentences(name, sentence, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    site, density = {
+        "large": (layer(14, 256, 256, 3, 256), 0.25),
+        "half": (layer(14, 256, 256, 3, 256), 0.5),
+        "thin": (layer(56, 64, 256, 1, 256), 0.5),
+        "decode": (on_gpu(linear_site(14336, 4096, (1,))), 0.3),
+        "lonely": (layer(7, 512, 512, 3, 1), 0.5),
+        "tiny": (on_gpu(linear_site(128, 128, (64,))), 0.5),
+        "exact": (replace(layer(14, 256, 256, 3, 256), dtype="float32"), 0.25),
+    }[name]
+    reason = decide(site, density).reason
+    assert re.sub(r"\d+(\.\d+)?", "N", reason) == sentence
 
 
 def test_few_rows_go_to_the_decode_kernel():

@@ -84,8 +84,9 @@ def test_estimates_are_those_of_the_cost_model():
     (layer,) = found.layers
     spec = SPECS["a100"]
     best = min(
-        cost.sparse_cost(layer.site, tile, spec, "triton_gather", density=0.1).evaluate()
+        cost.sparse_cost(layer.site, tile, spec, variant, density=0.1).evaluate()
         for tile in ((64, 64), (64, 32), (32, 32))
+        for variant in ("triton_gather", "triton_pair")
     )
     assert layer.dense_seconds == cost.dense_cost(layer.site, spec).evaluate()
     assert layer.speedups[64, 64][0.1] == pytest.approx(layer.dense_seconds / best, rel=0.02)
