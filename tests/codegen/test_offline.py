@@ -152,7 +152,7 @@ def test_layers_compile_for_every_target(target):
         compiled = kernel.compile()
         resources = compiled.resources
         assert resources.tensor_core in MATRIX_INSTRUCTIONS[target] and resources.tensor_core_count
-        assert resources.spill_bytes == 0 and 16 <= resources.registers <= 256
+        assert resources.spill_bytes == 0 and 16 <= resources.registers <= (255 if program.target.is_nvidia else 512)
         assert resources.num_warps == kernel.num_warps
         assert 0 < resources.shared_bytes <= program.target.shared_memory_bytes
         assert kernel.name in compiled.assembly and compiled.binary.startswith(b"\x7fELF")
