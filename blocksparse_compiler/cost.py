@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from . import gpu_roofline, roofline, tuned_table, variants
 from .devices import AnyDevice
+from .errors import OptionError
 from .gpu_devices import GpuSpec
 from .pattern import BlockPattern, BlockShape
 from .plan import DENSE, Decision, Site
@@ -43,24 +44,50 @@ def sparse_cost(
 
     Args:
         pattern: the kept tiles; or a block shape, for tiles of that `density` spread evenly.
-        variant: name of the kernel variant; may be left out on CPUs.
+        variant: name of the kernel variant; by default, on GPUs, the best one.
         config: the kernel's parameters; by default, on GPUs, the best of those that the variant offers.
+
+    Raises:
+        OptionError: if no such kernel runs on this GPU.
     """
     if not isinstance(device, GpuSpec):
         return roofline.sparse_cost(site, pattern, device, variant, density=density)
-    configs = [config] if config is not None else _configs(site, pattern, device, variant)
-    costs = (gpu_roofline.sparse_cost(site, pattern, device, variant, c, density=density) for c in configs)
+    if config is not None:
+        choices = [(variant, config)]
+    else:
+        names = [variant] if variant else _supporting(site, pattern, device)
+        choices = [(name, c) for name in names for c in _configs(site, pattern, device, name)]
+    if not choices:
+        bh, bw = pattern.block_shape if isinstance(pattern, BlockPattern) else pattern
+        raise OptionError(
+            f"sparse_cost({site.name!r})",
+            f"a kernel that runs this layer in {bh}x{bw} tiles on {device.name}",
+            variant or "none",
+            f"Kernels: {', '.join(variants.VARIANTS)}.",
+        )
+    costs = (gpu_roofline.sparse_cost(site, pattern, device, v, c, density=density) for v, c in choices)
     return min(costs, key=lambda cost: cost.evaluate(hints))
+
+
+def _supporting(site: Site, pattern: BlockPattern | BlockShape, device: AnyDevice) -> list[str]:
+    pattern = _as_pattern(site, pattern)
+    rows = variants.VARIANTS.items()
+    return [n for n, v in rows if v.device == device.type and v.unsupported(site, pattern) is None]
 
 
 def _configs(
     site: Site, pattern: BlockPattern | BlockShape, device: AnyDevice, variant: str
 ) -> list[variants.Parameters]:
-    if not isinstance(pattern, BlockPattern):
-        shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
-        pattern = _full(shape, pattern, site.groups)
+    pattern = _as_pattern(site, pattern)
     configs = variants.VARIANTS[variant].configs(site, pattern, device)
     return configs[:1] if tuned_table.best(variant, site, pattern, device.name) else configs
+
+
+def _as_pattern(site: Site, pattern: BlockPattern | BlockShape) -> BlockPattern:
+    if isinstance(pattern, BlockPattern):
+        return pattern
+    shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
+    return _full(shape, pattern, site.groups)
 
 
 @functools.lru_cache(maxsize=256)

@@ -46,9 +46,10 @@ class GpuSpec(Figures):
         program_seconds: of one program outside its loops: setup, looking up its block row, epilogue.
         launch_seconds: gap that one kernel costs in a stream.
         graph_launch_seconds: the same inside a CUDA graph; see `with_graphs`.
-        efficiency: fractions. Of peak: `"dense/<geometry>"` for cuDNN and cuBLAS, `"dense/template"` for
-            Inductor's own templates, `"<variant>"` for our kernels away from memory limits. Of the memory's
-            rate: `"dense/few_rows"` for weights in cuBLAS, `"dram"` for all else. Of the L2 rate: `"l2"`.
+        efficiency: fractions. Of peak: `"dense/<geometry>"` for cuDNN and cuBLAS (`"dense/grouped"` for
+            groups of 8 channels), `"dense/template"` for Inductor's own templates, `"<variant>"` for our
+            kernels away from memory limits. Of the memory's rate: `"dense/few_rows"` for weights in cuBLAS,
+            `"dram"` for all else. Of the L2 rate: `"l2"`.
         sources: where the figures come from, by field name; `"efficiency <name>"` for single fractions.
     """
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from layer_cases import conv_site, even_pattern, linear_site
 
 from blocksparse_compiler import cost, gpu_roofline, sizes
+from blocksparse_compiler.errors import OptionError
 from blocksparse_compiler.gpu_devices import SPECS
 from blocksparse_compiler.gpu_programs import Programs, Tile, makespan, programs
 from blocksparse_compiler.variants import VARIANTS
@@ -311,6 +312,25 @@ def test_what_follows_a_dense_layer_costs_another_kernel_or_a_slower_one():
             replace(site, bias=False, epilogue=()), (64, 64), H200, "triton_gather", density=0.3
         )
         assert fused.evaluate() == alone.evaluate()
+
+
+def test_narrow_groups_run_far_from_peak():
+    sites = [replace(layer(56, 256, 256, 3, 256), groups=groups) for groups in (64, 32, 16, 8, 4, 1)]
+    records = [cost.dense_cost(site, H200) for site in sites]
+    rates = [cost.value(r.flops) / cost.value(r.compute_seconds) for r in records]
+    assert rates == sorted(rates) and rates[0] < 0.1 * rates[-1] and rates[-2] == rates[-1]
+
+
+def test_the_best_variant_is_the_default():
+    site = layer(14, 256, 256, 3, 256)
+    best = cost.sparse_cost(site, (64, 64), H200, density=0.2).evaluate()
+    for name in ("triton_gather", "triton_box", "triton_pair"):
+        assert best <= seconds(site, (64, 64), H200, name, density=0.2)
+    assert cost.break_even_density(site, (64, 64), H200) > 0.2
+    with pytest.raises(OptionError, match="8x8 tiles on h200"):
+        cost.sparse_cost(site, (8, 8), H200, density=0.2)
+    with pytest.raises(OptionError, match="triton_box"):
+        cost.sparse_cost(site, (64, 64), SPECS["a100"], "triton_box", density=0.2)
 
 
 def test_graphs_make_launches_cheaper():
