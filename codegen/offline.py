@@ -167,7 +167,9 @@ def _program(
     kernels, seen = [], set[str]()
     for text in read_kernels(source):
         arguments = dict.fromkeys(argument for call in text.calls for argument in call)
-        owners = dict.fromkeys(layers[name] for name in arguments if name in layers)
+        # An epilogue may read a dense layer's bias: the layers of a kernel are those whose tiles it reads.
+        read = [name for name in arguments if name in lifted.tiles] or arguments
+        owners = dict.fromkeys(layers[name] for name in read if name in layers)
         computed = _computed(text, seen, externs)
         nodes, ops = zip(*computed, strict=True) if computed else ((), ())
         kernels.append(TritonKernel(text.name, text.text, target, nodes, ops, tuple(owners), text.calls))
