@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .box_variant import BOX, box_tiles, item_bytes
-from .gpu_variants import DTYPES, GpuVariant
+from .gpu_variants import DTYPES, GpuVariant, pipeline_stages
 from .kernel_variant import Parameters
 from .packing import PackedWeight
 from .pair_packing import pack_pairs, pair_rows
@@ -17,6 +17,9 @@ from .plan import Site
 
 MOST_SUMS = 64
 """fp32 sums that a thread can hold next to the pointers to what it loads."""
+
+LEAST_LOAD_BYTES = 8
+"""Loads of weights that are narrower, or none at all for some threads, stop the software pipeline."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,14 @@ class Pair(GpuVariant):
         if BOX.runs_on(device) and BOX.unsupported(site, pattern) is None:
             found = [{**box, "box": 1} for box in box_tiles(site, pattern, device, programs, blocks=2)]
         for pixels, warps in ((128, 8), (64, 4), (256, 8), (32, 4)):
-            if not 8 <= 2 * pixels * bh // (32 * warps) <= MOST_SUMS:
+            threads = warps * device.warp_threads
+            if not 8 <= 2 * pixels * bh // threads <= MOST_SUMS:
                 continue
-            buffers = device.shared_bytes_per_block // ((pixels + 2 * bh) * bw * item_bytes(site))
-            if buffers >= 2:
-                found.append({"pixels": pixels, "warps": warps, "stages": min(3, buffers)})
+            if bh * bw * item_bytes(site) < LEAST_LOAD_BYTES * threads:
+                continue
+            stages = min(3, pipeline_stages((pixels + 2 * bh) * bw * item_bytes(site), device))
+            if stages >= 2:
+                found.append({"pixels": pixels, "warps": warps, "stages": stages})
         return found
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
