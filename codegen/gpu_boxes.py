@@ -35,6 +35,11 @@ def box_sides(
     return None
 
 
+def pixels_through_pointers(parameters: Mapping[str, int | str], bh: int) -> int:
+    """How many pixels such a kernel holds sums of, next to pointers, if it cannot copy boxes."""
+    return 64 * 32 * int(parameters["warps"]) // (bh * (2 if "box" in parameters else 1))
+
+
 def _no_descriptor(x: Any, axes: tuple[Axis, ...], *, flat: bool) -> str | None:
     """Why a tensor descriptor cannot describe this input; None if it can."""
     if not flat and rank(axes) > MAX_RANK:

@@ -11,7 +11,7 @@ import torch
 
 from ..packing import STEP_CHANNELS
 from ..variants import VARIANTS, KernelConfig
-from .gpu_boxes import box_sides
+from .gpu_boxes import box_sides, pixels_through_pointers
 from .gpu_template import Axis, KernelText, size_of, stride_of, template
 from .inductor_api import V, ir, lowerings, ops
 from .lowering_errors import Unsupported
@@ -138,12 +138,13 @@ class _Weight:
         parameters = self.config.parameters
         inputs = [ir.ExternKernel.realize_input(t) for t in (x, *self.operands)]
         variant, constants, split = self.config.variant, {}, 1
-        boxes = None
+        boxes, pixels = None, int(parameters["pixels"])
         if variant == "triton_box" or parameters.get("box", 0):
             boxes = box_sides(inputs[0], axes, parameters, flat=flat)
             constants = boxes or {}
-            if boxes is None and variant == "triton_box":
-                variant = "triton_gather"
+            if boxes is None:
+                pixels = min(pixels, pixels_through_pointers(parameters, self.bh))
+                variant = "triton_gather" if variant == "triton_box" else variant
         if variant == "triton_decode":
             if axes or not is_static(shape[0]) or shape[0] > parameters["pixels"]:
                 raise Unsupported(f"output of shape {shape}: for at most {parameters['pixels']} rows")
@@ -174,7 +175,7 @@ class _Weight:
             else ir.FixedLayout(x.get_device(), torch.float32, [split, *shape]),
             num_stages=int(parameters["stages"]),
             num_warps=int(parameters["warps"]),
-            PIXELS=int(parameters["pixels"]),
+            PIXELS=pixels,
             BH=self.bh,
             BW=self.bw,
             STEP=step,
