@@ -17,11 +17,14 @@ from blocksparse_compiler.errors import OptionError, PatternError
 from blocksparse_compiler.gpu_devices import SPECS
 from blocksparse_compiler.recommend import NEAR, WORTH_IT, merged_density
 
-transformers = pytest.importorskip("transformers")
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
-def resnet() -> nn.Module:
+def resnet(transformers) -> nn.Module:
     with torch.device("meta"):
         return transformers.ResNetForImageClassification(transformers.ResNetConfig()).eval()
 
@@ -99,7 +102,7 @@ def test_few_rows_of_a_language_model():
     assert found.speedup(found.best, 0.1) > 4
 
 
-def test_a_vision_transformer(on_h200):
+def test_a_vision_transformer(transformers):
     config = transformers.ViTConfig(num_hidden_layers=2)
     with torch.device("meta"):
         vit = transformers.ViTForImageClassification(config).eval()
