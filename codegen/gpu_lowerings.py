@@ -212,8 +212,13 @@ class _Weight:
             return lowerings[torch.ops.aten.full.default](
                 shape, 0, dtype=x.get_dtype(), device=x.get_device()
             )
-        bias = lowerings[torch.ops.prims.convert_element_type.default](self.bias, x.get_dtype())
-        return lowerings[torch.ops.aten.expand.default](bias, shape)
+        load, dtype = self.bias.make_loader(), x.get_dtype()
+        return ir.Pointwise.create(
+            device=x.get_device(),
+            dtype=dtype,
+            inner_fn=lambda index: ops.to_dtype(load([index[-1]]), dtype),
+            ranges=shape,
+        )
 
 
 def _reshape(x: Any, sizes: list[Any]) -> Any:
