@@ -48,7 +48,7 @@ class LiftedGraph:
 
     @property
     def fake_mode(self) -> Any:
-        return next(value.fake_mode for value in self.fake_inputs if isinstance(value, Tensor))
+        return inductor_api.fake_mode_for(self.fake_inputs)
 
 
 def lift_constants(gm: GraphModule, example_inputs: Sequence[Any] | None = None) -> LiftedGraph:
@@ -144,7 +144,7 @@ def _replace_folded(graph: GraphModule, values: dict[Node, Any], lifted: LiftedG
         last.meta["val"] = lifted.fake_mode.from_tensor(values[node], static_shapes=True)
         values[last] = values[node]
         if source in lifted.layers:
-            lifted.layers[last.target] = lifted.layers[source]
+            lifted.layers[last.name] = lifted.layers[source]
         for reader in readers:
             reader.replace_input_with(node, last)
     graph.graph.eliminate_dead_code()

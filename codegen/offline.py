@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -221,7 +221,7 @@ def _is_for_device(statement: ast.stmt) -> bool:
 
 
 @contextlib.contextmanager
-def _without_device() -> Iterable[None]:  # type: ignore[misc]
+def _without_device() -> Iterator[None]:
     guard = lambda index: contextlib.nullcontext()  # noqa: E731
     with (
         mock.patch.object(torch.cuda, "_DeviceGuard", guard),
