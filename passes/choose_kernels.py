@@ -10,6 +10,7 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .. import cost
 from ..devices import AnyDevice
 from ..devices import device as present_device
 from ..errors import LayerError, PlanError
+from ..gpu_devices import GpuSpec
 from ..layout import swap_channels
 from ..pattern import BlockPattern, BlockShape
 from ..plan import DENSE, Decision, Plan, Site
@@ -37,6 +39,7 @@ def choose_kernels(
     allow_dense: bool = True,
     hints: Mapping[str, int] | None = None,
     plan: Plan | None = None,
+    inductor: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The `Plan` for `gm`.
 
@@ -47,6 +50,7 @@ def choose_kernels(
         allow_dense: False forces a kernel wherever one exists ("never" in the backend's options).
         hints: values for symbolic sizes; by default those seen while tracing.
         plan: obey these decisions for the layers they name.
+        inductor: Inductor's options, some of which change what dense layers and launches cost on a GPU.
 
     Raises:
         PlanError: if `plan` would drop nonzero weights or names a kernel that does not exist.
@@ -63,6 +67,8 @@ def choose_kernels(
             decisions.append(Decision(site, DENSE, f"stays dense: {obstacle}"))
             continue
         spec = device or present_device(site.device)
+        if isinstance(spec, GpuSpec):
+            spec = spec.as_compiled(inductor or {})
         if device is not None and not site.device.startswith(device.type):
             site = replace(site, device=device.type)
         weight = values.get(call.weight)
