@@ -28,6 +28,7 @@ RANGES = {
     "shared_bytes_per_block": (48 * 2**10, 512 * 2**10),
     "shared_bytes_per_multiprocessor": (48 * 2**10, 512 * 2**10),
     "shared_bytes_per_clock_per_multiprocessor": (64, 512),
+    "l1_bytes_per_multiprocessor": (16 * 2**10, 512 * 2**10),
     "registers_per_multiprocessor": (32768, 262144),
     "threads_per_multiprocessor": (1024, 2048),
     "warp_threads": (32, 64),
@@ -38,7 +39,7 @@ RANGES = {
 }
 FRACTIONS = {
     *(f"dense/{kind}" for kind in ("linear", "spatial", "pointwise", "grouped", "depthwise")),
-    *("dense/template", "dense/few_rows", "dram", "l2"),
+    *("dense/template", "dense/few_rows", "dram", "l2", "l1"),
     *("triton_gather", "triton_box", "triton_pair", "triton_decode"),
 }
 

@@ -373,6 +373,24 @@ def test_shared_activation_tiles_are_loaded_once():
     assert cost.value(pair.l2_seconds) < 0.75 * cost.value(single.l2_seconds)
 
 
+def test_taps_find_each_others_pixels_in_l1():
+    site = layer(28, 128, 128, 3, 64)
+    config = {"pixels": 128, "warps": 4, "stages": 2}
+
+    def l2(site, **more):
+        record = cost.sparse_cost(
+            site, (64, 64), H200, "triton_gather", density=0.5, config={**config, **more}
+        )
+        return cost.value(record.l2_seconds)
+
+    assert 0.3 < l2(site, l1=1) / l2(site) < 0.8
+    assert l2(site, l1=1, stages=12) == l2(site, stages=12)  # shared memory leaves no room
+    pointwise = layer(28, 128, 128, 1, 64)
+    assert l2(pointwise, l1=1) == l2(pointwise)
+    wide = layer(28, 2048, 128, 3, 64)
+    assert l2(wide, l1=1) / l2(wide) > l2(site, l1=1) / l2(site)
+
+
 # ---- decisions -------------------------------------------------------------------------------------
 
 
