@@ -13,13 +13,16 @@ from .plan import Decision, Plan, Site
 from .planning import plan
 from .report import SparsityReport, sparsity_report
 from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
+from .schedule import SparsitySchedule
 from .schemes import PeriodicKernels, RandomBlocks, StructuredBand
+from .sparsifier import BlockSparsifier
 from .trace import trace
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockPattern",
     "BlockSparseWeight",
+    "BlockSparsifier",
     "Decision",
     "Explanation",
     "PeriodicKernels",
@@ -27,6 +30,7 @@ __all__ = [
     "RandomBlocks",
     "Site",
     "SparsityReport",
+    "SparsitySchedule",
     "StructuredBand",
     "apply_pattern",
     "explain",
