@@ -11,6 +11,7 @@ from .passes.prune_blocks import prune_blocks
 from .pattern import BlockPattern, BlockSparseWeight
 from .plan import Decision, Plan, Site
 from .planning import plan
+from .ramanujan import RamanujanBlocks
 from .report import SparsityReport, sparsity_report
 from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
 from .schedule import SparsitySchedule
@@ -27,6 +28,7 @@ __all__ = [
     "Explanation",
     "PeriodicKernels",
     "Plan",
+    "RamanujanBlocks",
     "RandomBlocks",
     "Site",
     "SparsityReport",

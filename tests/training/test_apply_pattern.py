@@ -103,36 +103,6 @@ def test_periodic_supports_one_by_one():
             assert set(kept[o, c].nonzero().flatten().tolist()) == expected
 
 
-def vgg16(classes=10):
-    """For 32x32 images, as in the paper: two linear layers at the end."""
-    layers, channels = [], 3
-    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
-        layers += [nn.MaxPool2d(2)] if width == 0 else [nn.Conv2d(channels, width, 3, padding=1)]
-        channels = width or channels
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 512), nn.Linear(512, classes))
-
-
-@pytest.mark.parametrize(
-    ("scheme", "gmacs"),
-    [
-        (None, 0.314),
-        (PeriodicKernels(4, 4), 0.141),
-        (PeriodicKernels(4, 8, boosted=True), 0.162),
-        (PeriodicKernels(4, 16, boosted=True), 0.152),
-        (PeriodicKernels(2, 8, boosted=True), 0.102),
-        (PeriodicKernels(1, 8, boosted=True), 0.071),
-        (PeriodicKernels(1, 16, boosted=True), 0.054),
-    ],
-)
-def test_vgg16_costs_what_the_paper_prints(scheme, gmacs):
-    model = vgg16()
-    if scheme is not None:
-        bsc.apply_pattern(model, scheme)
-        assert len(masked_names(model)) == 12  # all but the first convolution and the linear layers
-    total = bsc.sparsity_report(model, torch.zeros(1, 3, 32, 32)).total
-    assert total.macs / 1e9 == pytest.approx(gmacs, abs=0.001)
-
-
 # ---- RandomBlocks --------------------------------------------------------------------------------------
 
 
