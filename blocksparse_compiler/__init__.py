@@ -4,6 +4,7 @@ from . import passes
 from .checkpoint import load_folded
 from .explain import Explanation, explain
 from .export import export
+from .inspect_kernels import Inspection, inspect_kernels
 from .passes.apply_pattern import apply_pattern
 from .passes.fold_zero_blocks import fold_zero_blocks
 from .passes.insert_block_scales import insert_block_scales
@@ -11,7 +12,12 @@ from .passes.prune_blocks import prune_blocks
 from .pattern import BlockPattern, BlockSparseWeight
 from .plan import Decision, Plan, Site
 from .planning import plan
+<<<<<<< HEAD
 from .ramanujan import RamanujanBlocks
+=======
+from .recommend import recommend_block_shape
+from .recommendation import Recommendation
+>>>>>>> main
 from .report import SparsityReport, sparsity_report
 from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
 from .schedule import SparsitySchedule
@@ -26,10 +32,12 @@ __all__ = [
     "BlockSparsifier",
     "Decision",
     "Explanation",
+    "Inspection",
     "PeriodicKernels",
     "Plan",
     "RamanujanBlocks",
     "RandomBlocks",
+    "Recommendation",
     "Site",
     "SparsityReport",
     "SparsitySchedule",
@@ -40,12 +48,14 @@ __all__ = [
     "fold_zero_blocks",
     "freeze_scales",
     "insert_block_scales",
+    "inspect_kernels",
     "load_folded",
     "param_groups",
     "passes",
     "plan",
     "proximal_step",
     "prune_blocks",
+    "recommend_block_shape",
     "scale_penalty",
     "sparsity_report",
     "trace",

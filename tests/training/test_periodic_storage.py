@@ -10,7 +10,7 @@ import blocksparse_compiler as bsc
 from blocksparse_compiler import PeriodicKernels
 from blocksparse_compiler.errors import LayerError, PatternError
 from blocksparse_compiler.periodic_storage import PeriodicWeight, storage_bytes
-from examples.networks import NETWORKS
+from examples.paper_networks import NETWORKS
 
 SCHEMES = {
     "dense": None,
