@@ -12,12 +12,9 @@ from .passes.prune_blocks import prune_blocks
 from .pattern import BlockPattern, BlockSparseWeight
 from .plan import Decision, Plan, Site
 from .planning import plan
-<<<<<<< HEAD
 from .ramanujan import RamanujanBlocks
-=======
 from .recommend import recommend_block_shape
 from .recommendation import Recommendation
->>>>>>> main
 from .report import SparsityReport, sparsity_report
 from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
 from .schedule import SparsitySchedule
