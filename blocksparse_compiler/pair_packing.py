@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .packing import OUTPUT_MAJOR, PackedWeight, pack_weight
+from .packing import OUTPUT_MAJOR, PackedWeight, pack_weight, select_tiles, tile_slots
 from .pattern import BlockPattern
 
 MATCHED_ROWS = 64
@@ -70,9 +70,8 @@ def pack_pairs(weight: Tensor, pattern: BlockPattern) -> PackedWeight:
     those of a alone, those of b alone, and where these end. Of what both keep, tiles of a and b alternate.
     """
     packed = pack_weight(weight, pattern, OUTPUT_MAJOR)
-    flat = pattern.ungroup()
-    slot = torch.full((flat.kept.shape[0] + 1, flat.kept[0].numel()), -1)
-    slot[:-1][flat.kept.flatten(1)] = torch.arange(flat.num_kept)
+    slot = tile_slots(pattern.ungroup())
+    slot = torch.nn.functional.pad(slot, (0, 0, 0, 1), value=-1)  # for the block that is not there
     order, rows, begin = [], [], 0
     for a, b, both, only_a, only_b in pair_rows(pattern):
         in_both = (slot[a] >= 0) & (slot[b] >= 0)
@@ -81,10 +80,8 @@ def pack_pairs(weight: Tensor, pattern: BlockPattern) -> PackedWeight:
         starts = np.cumsum([begin, 2 * both, only_a, only_b]).tolist()
         rows.append([a, b, *starts])
         begin = starts[-1]
-    index = torch.cat(order).to(weight.device)
     row_ptr = torch.tensor(rows, dtype=torch.int32, device=weight.device)
-    tile_index = packed.tile_index[:, index].contiguous()
-    return PackedWeight(packed.values[index], row_ptr, tile_index)
+    return select_tiles(packed, torch.cat(order))._replace(row_ptr=row_ptr)
 
 
 def _pair(a: int, b: int, both: int, tiles: np.ndarray) -> Pair:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blocksparse_compiler import BlockPattern
-from blocksparse_compiler.packing import OUTPUT_MAJOR, unpack_weight
+from blocksparse_compiler.packing import OUTPUT_MAJOR, pack_rows, unpack_weight
 from blocksparse_compiler.pair_packing import ALONE, MATCHED_ROWS, pack_pairs, pair_rows, shared_fraction
 
 pytest.importorskip("triton")
@@ -153,6 +153,15 @@ def test_every_block_is_in_one_pair_with_its_tiles(pattern):
         assert not rest_a & rest_b, "shared tiles loaded twice"
     assert sorted(seen) == list(range(pattern.ungroup().grid_shape[0]))
     assert before == packed.values.shape[0]
+
+
+def test_taps_that_read_the_same_channels_follow_each_other():
+    pattern = BlockPattern.full((64, 160, 3, 3), (32, 32))
+    packed = pack_rows(torch.randn(64, 160, 3, 3), pattern)
+    place, tap, _ = packed.tile_index[:, : 5 * 9].tolist()
+    steps = [(0, 32)] * 9 + [(64, 96)] * 9 + [(128,)] * 9
+    expected = [(at, i % 9) for i, channels in enumerate(steps) for at in channels]
+    assert list(zip(place, tap, strict=True)) == expected
 
 
 def rows_with(kept: torch.Tensor) -> BlockPattern:
