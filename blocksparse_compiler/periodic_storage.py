@@ -16,13 +16,13 @@ from torch import Tensor
 from .errors import LayerError, PatternError
 from .schemes import PeriodicKernels
 
-_HEADER = struct.Struct("<4I")  # out channels, in channels, taps, period
+_HEADER = struct.Struct("<4I")  # period, out channels, input channels per group, number of kernel sizes
 _MAGIC = b"BSPK"
 
 
 @dataclass(frozen=True, eq=False)
 class PeriodicWeight:
-    """The kept values of a weight `[O, C, 3, 3]` under a `PeriodicKernels` scheme.
+    """The kept values of a weight `[O, C/groups, *kernel]` under a `PeriodicKernels` scheme.
 
     Args:
         shape: of the dense weight.
@@ -44,9 +44,8 @@ class PeriodicWeight:
         """
         shape = tuple(weight.shape)
         scheme.pattern("weight", shape, 1)  # raises if it does not fit
-        # Of two periods square, every residue occurs.
-        corner = scheme.pattern("table", (scheme.period, 1, *shape[2:]), 1).mask().flatten(2)[:, 0]
-        table = corner.roll(1, 0)  # output channel o of the corner has residue o + 1
+        column = scheme.pattern("table", (scheme.period, 1, *shape[2:]), 1).mask().flatten(2)[:, 0]
+        table = column.roll(1, 0)  # output channel o of input channel 0 has residue o + 1
         mask = _mask(shape, table)
         outside = int(weight.detach().masked_fill(mask.to(weight.device), 0).count_nonzero())
         if outside:
@@ -61,7 +60,7 @@ class PeriodicWeight:
 
     @property
     def nbytes(self) -> int:
-        """Of values and table, as `to_bytes` writes them, without its 20 bytes of header."""
+        """Of values and table, as `to_bytes` writes them; its header adds 28 bytes for a 2-D kernel."""
         return self.values.numel() * self.values.element_size() + _bytes(self.table.numel())
 
     def to_bytes(self) -> bytes:
@@ -69,8 +68,9 @@ class PeriodicWeight:
         if self.values.dtype != torch.float32:
             fix = "Convert it first."
             raise PatternError("PeriodicWeight.to_bytes", "float32 values", f"{self.values.dtype}", fix)
-        taps = self.table.shape[1]
-        header = _MAGIC + _HEADER.pack(self.shape[0], self.shape[1], taps, len(self.table))
+        kernel = self.shape[2:]
+        header = _MAGIC + _HEADER.pack(len(self.table), *self.shape[:2], len(kernel))
+        header += struct.pack(f"<{len(kernel)}I", *kernel)
         bits = sum(1 << i for i, kept in enumerate(self.table.flatten().tolist()) if kept)
         return (
             header + bits.to_bytes(_bytes(self.table.numel()), "little") + self.values.cpu().numpy().tobytes()
@@ -82,13 +82,14 @@ class PeriodicWeight:
         try:
             if data[:4] != _MAGIC:
                 raise ValueError(f"a header {data[:4]!r}")
-            out, inputs, taps, period = _HEADER.unpack_from(data, 4)
-            size, start = math.isqrt(taps), 4 + _HEADER.size
+            period, out, inputs, dims = _HEADER.unpack_from(data, 4)
+            kernel = struct.unpack_from(f"<{dims}I", data, 4 + _HEADER.size)
+            taps, start = math.prod(kernel), 4 + _HEADER.size + 4 * dims
             end = start + _bytes(period * taps)
             bits = int.from_bytes(data[start:end], "little")
             table = torch.tensor([bool(bits >> i & 1) for i in range(period * taps)]).reshape(period, taps)
             values = torch.frombuffer(bytearray(data[end:]), dtype=torch.float32)
-            shape = (out, inputs, size, size)
+            shape = (out, inputs, *kernel)
             expected = int(_mask(shape, table).sum())
             if len(values) != expected:
                 raise ValueError(f"{len(values)} values instead of {expected}")
@@ -99,11 +100,11 @@ class PeriodicWeight:
 
 
 def storage_bytes(weight: Tensor, scheme: PeriodicKernels) -> dict[str, int]:
-    """Bytes of a masked weight `[O, C, 3, 3]` in four formats.
+    """Bytes of a masked weight `[O, C/groups, *kernel]` in four formats.
 
     `"dense"` all values; `"bitmap"` kept values and one bit per weight; `"csr"` kept values, an int32 column
     for each, and int32 row pointers, rows being output channels; `"periodic"` kept values and one table of
-    `period * 9` bits.
+    `period * taps` bits.
     """
     packed = PeriodicWeight.from_dense(weight, scheme)
     kept, size = packed.values.numel(), weight.element_size()

@@ -103,6 +103,31 @@ def test_periodic_supports_one_by_one():
             assert set(kept[o, c].nonzero().flatten().tolist()) == expected
 
 
+@pytest.mark.parametrize(
+    ("support", "kernel", "expected"),
+    [
+        (1, (5,), [{t} for t in range(5)]),
+        (2, (3,), [{0, 1}, {1, 2}]),
+        (2, (3, 1), [{0, 1}, {1, 2}]),
+        (2, (1, 3), [{0, 1}, {1, 2}]),
+        (2, (2, 3), [{0, 1}, {1, 2}, {3, 4}, {4, 5}]),
+        (4, (2, 4), [{0, 1, 4, 5}, {1, 2, 5, 6}, {2, 3, 6, 7}]),
+        (4, (2, 2, 2), [{0, 1, 2, 3}, {4, 5, 6, 7}]),
+    ],
+)
+def test_periodic_supports_of_other_kernels(support, kernel, expected):
+    kept = PeriodicKernels(support, 8).pattern("conv", (8, 3, *kernel), 1).mask().flatten(2)
+    for o in range(8):
+        for c in range(3):
+            taps = set(kept[o, c].nonzero().flatten().tolist())
+            assert taps == expected[(o + c + 1) % 8 % len(expected)]
+
+
+def test_kernels_without_such_windows_stay_dense():
+    with pytest.raises(PatternError, match=r"conv: expected a kernel with windows of 4 taps, got 3x1"):
+        PeriodicKernels(4, 8).pattern("conv", (8, 8, 3, 1), 1)
+
+
 # ---- RandomBlocks --------------------------------------------------------------------------------------
 
 
@@ -177,8 +202,7 @@ def test_bad_schemes(make, message):
     ("scheme", "name", "error", "message"),
     [
         (PeriodicKernels(4, 8), "0", LayerError, r"^0: expected a layer after the first convolution"),
-        (PeriodicKernels(4, 8), "5", PatternError, r"^5: expected a 3x3 kernel, got 2x2"),
-        (PeriodicKernels(4, 8), "8", PatternError, r"^8: expected a 3x3 kernel, got a linear layer"),
+        (PeriodicKernels(4, 8), "8", PatternError, r"^8: expected a kernel larger than 1x1, got a linear"),
         (StructuredBand(9), "3", PatternError, r"^3: expected a band no wider than 8"),
         (StructuredBand(1, taps=((4,),)), "5", PatternError, r"^5: expected taps below 4"),
         (RandomBlocks((16, 16), 0.5), "8", PatternError, r"^8: expected a block no larger"),

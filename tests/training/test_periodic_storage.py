@@ -41,7 +41,7 @@ def test_storage_is_values_and_one_table(name):
     }
 
 
-@pytest.mark.parametrize("shape", [(32, 48, 3, 3), (5, 3, 3, 3), (1, 1, 3, 3)])
+@pytest.mark.parametrize("shape", [(32, 48, 3, 3), (5, 3, 5, 4), (1, 1, 3, 2, 2)])
 @pytest.mark.parametrize("name", [n for n in SCHEMES if n != "dense"])
 def test_packing_round_trips_to_the_byte(name, shape):
     scheme = SCHEMES[name]
@@ -49,7 +49,7 @@ def test_packing_round_trips_to_the_byte(name, shape):
     packed = PeriodicWeight.from_dense(weight, scheme)
     assert torch.equal(packed.to_dense(), weight)
     data = packed.to_bytes()
-    assert len(data) == packed.nbytes + 20
+    assert len(data) == packed.nbytes + 20 + 4 * (len(shape) - 2)
     again = PeriodicWeight.from_bytes(data)
     assert torch.equal(again.to_dense(), weight)
     assert again.to_bytes() == data
@@ -59,10 +59,10 @@ def test_bad_weights_and_bad_bytes():
     scheme = SCHEMES["PS4_P4"]
     with pytest.raises(LayerError, match="zeros outside the pattern"):
         PeriodicWeight.from_dense(torch.ones(4, 4, 3, 3), scheme)
-    with pytest.raises(PatternError, match="a 3x3 kernel"):
+    with pytest.raises(PatternError, match="a kernel larger than 1x1"):
         PeriodicWeight.from_dense(torch.ones(4, 4, 1, 1), scheme)
     data = PeriodicWeight.from_dense(masked(scheme, 4, 4, 3, 3), scheme).to_bytes()
-    for wrong in (b"", b"spam" + data[4:], data[:-4], data[:21], data + b"1"):
+    for wrong in (b"", b"spam" + data[4:], data[:-4], data[:25], data + b"1"):
         with pytest.raises(PatternError, match="what to_bytes wrote"):
             PeriodicWeight.from_bytes(wrong)
 
