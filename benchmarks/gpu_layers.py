@@ -26,7 +26,7 @@ import typer
 
 from blocksparse_compiler import tuned_table
 
-from . import gpu_cases, gpu_machine, gpu_pictures, report
+from . import gpu_cases, gpu_machine, gpu_pictures, pictures, report
 from .gpu_cases import Cell
 from .gpu_rows import CellPlan, Row, measure_group, tuned_entries
 from .gpu_run import CudaRunner, Runner, check, placed_weight, runner_for
@@ -201,7 +201,8 @@ def finish(session: Session, tuned: bool, folder: Path) -> None:
         target = tuned_table.FOLDER if folder == report.RESULTS else folder
         with_what = {key: str(session.facts["machine"][key]) for key in ("gpu", "torch", "triton", "date")}
         tuned_table.write(target / f"{spec.name}.json", spec.name, tuned_entries(rows), with_what)
-    gpu_pictures.draw_layers(rows, session.path.with_suffix(".png"))
+    if pictures.can_draw():
+        gpu_pictures.draw_layers(rows, session.path.with_suffix(".png"))
     gpu_pictures.print_layers(rows, session.facts)
 
 

@@ -249,7 +249,7 @@ def run(
                 print(facts["log"][-1], flush=True)
     faulthandler.cancel_dump_traceback_later()
     path = report.save(name, list(rows.values()), folder, **facts)
-    if rows:
+    if rows and pictures.can_draw():
         pictures.draw_models(list(rows.values()), path.with_suffix(".png"))
     print_models(list(rows.values()), facts)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import report
 from .timing import geometric_mean
 
 Row = dict[str, Any]
@@ -105,3 +107,11 @@ def draw_layers(rows: Sequence[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    # The table, and the picture where there was no matplotlib, of a results file.
+    results = Path(sys.argv[1])
+    data = report.load(results)
+    print_layers(data["rows"], data)
+    draw_layers(data["rows"], results.with_suffix(".png"))

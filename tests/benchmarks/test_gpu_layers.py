@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_cases, gpu_experiments, gpu_layers, gpu_pictures, gpu_run, report
+from benchmarks import gpu_cases, gpu_experiments, gpu_layers, gpu_pictures, gpu_run, pictures, report
 from benchmarks.gpu_cases import Candidate, Cell
 from benchmarks.gpu_worker import Pool, Worker
 
@@ -142,7 +142,7 @@ def test_a_run_without_a_gpu_writes_rows_a_tuned_table_and_a_picture(tmp_path: P
     assert "triton_decode" in {c["variant"] for c in linear["candidates"]}
     entries = json.loads((tmp_path / "h200.json").read_text())["entries"]
     assert len(entries) == sum(len(row["candidates"]) for row in data["rows"])
-    assert (tmp_path / "layers.png").stat().st_size > 1000
+    assert (tmp_path / "layers.png").exists() == pictures.can_draw()
     assert " 16x16 pixels" in capsys.readouterr().out
 
 
