@@ -406,7 +406,7 @@ def test_layers_of_resnet50_get_what_suits_them():
         assert decision.kernel in ("triton_box", "triton_pair") or decision.config.get("l1")
         assert decide(layer(*shape, 256), 0.2, spec=SPECS["a100"]).kernel in ("triton_gather", "triton_pair")
     shared = decide(layer(14, 1024, 256, 1, 256), 0.3)
-    assert shared.kernel == "triton_pair" and shared.speedup > 1.1
+    assert shared.kernel == "triton_pair" and shared.speedup > 1
     assert decide(layer(56, 64, 256, 1, 256), 0.2).is_dense
     assert decide(layer(7, 512, 512, 3, 1), 0.5).is_dense
 
