@@ -15,6 +15,7 @@ from blocksparse_compiler import devices
 from blocksparse_compiler.errors import OptionError
 from blocksparse_compiler.gpu_devices import NUMBERS, SPECS, GpuSpec, spec_of
 from blocksparse_compiler.gpu_spec import PRECISIONS
+from blocksparse_compiler.variants import VARIANTS
 
 # Field: (lowest, highest) over every GPU that can run this package; a figure outside has a wrong unit.
 RANGES = {
@@ -40,7 +41,7 @@ RANGES = {
 FRACTIONS = {
     *(f"dense/{kind}" for kind in ("linear", "spatial", "pointwise", "grouped", "depthwise")),
     *("dense/template", "dense/few_rows", "dram", "l2", "l1"),
-    *("triton_gather", "triton_box", "triton_pair", "triton_decode"),
+    *(name for name, row in VARIANTS.items() if row.device == "cuda"),
 }
 
 
@@ -134,7 +135,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8
 
 
 def test_the_page_has_these_figures():
-    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|([ \d.|]+)\|$", PAGE, re.MULTILINE)
     assert [name for name, _ in rows] == list(SPECS)
     for name, cells in rows:
         spec, peak = SPECS[name], SPECS[name].peak_flops_per_second
@@ -146,6 +147,11 @@ def test_the_page_has_these_figures():
             spec.l2_bytes_per_second / 1e12,
             spec.dram_bytes_per_second / 1e12,
         ]
+
+
+def test_the_page_names_the_kernels():
+    named = re.findall(r"^\| `(triton_\w+)` \|", PAGE, re.MULTILINE)
+    assert set(named) == {name for name, row in VARIANTS.items() if row.device == "cuda"}
 
 
 def test_the_page_counts_products_per_byte_correctly():
