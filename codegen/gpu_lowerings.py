@@ -166,7 +166,7 @@ class _Weight:
         step = int(parameters.get("step", 1))
         if step * self.bw > max(self.bw, STEP_CHANNELS):
             raise Unsupported(f"{step} tiles of {self.bw} channels at a time")
-        if text.bias:
+        if self.bias is not None and text.bias:
             inputs.append(ir.ExternKernel.realize_input(self.bias))
         choices: list[Any] = []
         error = template(text).maybe_append_choice(
