@@ -65,6 +65,7 @@ def interpreted_language() -> Iterator[None]:
             (JITFunction, "__call__", _call_helper),
             (interpreter.interpreter_builder, "options", options),
             (builder, "create_dot", _dot),
+            (builder, "get_bf16", lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)),
             (builder, "cast_impl", _cast(builder.cast_impl)),
             (builder, "binary_op", _arithmetic(builder.binary_op)),
             (builder, "unary_op", _arithmetic(builder.unary_op)),
@@ -74,7 +75,9 @@ def interpreted_language() -> Iterator[None]:
             (triton_helpers, "libdevice", Libdevice()),
             *shortcuts(),
         ):
-            stack.enter_context(mock.patch.object(owner, name, value))
+            stack.enter_context(
+                mock.patch.object(owner, name, value, create=name == "get_bf16")
+            )  # new in 3.9
         # Divisions by a masked-out zero and the like are the kernel's business.
         stack.enter_context(np.errstate(all="ignore"))
         yield
@@ -138,15 +141,17 @@ def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
     def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
-        # Comparisons give booleans that still carry the type of what was compared.
-        new, is_bits = dtype.scalar, source.data.dtype == np.uint16
-        old = source.dtype.scalar if source.dtype.scalar != tl.bfloat16 or is_bits else tl.int1
+        old, new = source.dtype.scalar, dtype.scalar
+        if source.data.dtype == np.bool_:  # comparisons still carry the type of what was compared
+            old = tl.int1
         if old == new == tl.bfloat16:
             return source
-        if old == tl.bfloat16:
-            return TensorHandle(_to_float32(source).astype(_get_np_dtype(dtype)), new)
         if new == tl.bfloat16:
             return TensorHandle(_to_bfloat16(source.data.astype(np.float32)), new)
+        if old == tl.bfloat16:
+            return TensorHandle(_to_float32(source).astype(_get_np_dtype(dtype)), new)
+        if old == tl.int1:
+            return TensorHandle(source.data.astype(_get_np_dtype(dtype)), new)
         return original(self, source, dtype)
 
     return cast_impl
