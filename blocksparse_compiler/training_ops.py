@@ -1,4 +1,5 @@
-"""Differentiable block-sparse layers: `blocksparse::sparse_conv` and `blocksparse::sparse_linear`.
+"""Differentiable block-sparse layers: `blocksparse::sparse_conv`, `blocksparse::sparse_linear`,
+and `blocksparse::kept_tiles`, which takes their tiles out of a dense weight.
 
 All three products of a training step run on kept tiles:
 
@@ -36,6 +37,10 @@ LIBRARY.define(
 LIBRARY.define(
     f"sparse_conv(Tensor x, Tensor tiles, Tensor? bias, int out_channels, {_GEOMETRY}, "
     f"bool channels_last, {_TABLES}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "kept_tiles(Tensor weight, Tensor coordinates, Tensor position, int[] block_shape) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -87,6 +92,37 @@ def _weight_grad_fake(
 
 LIBRARY.impl("weight_grad", _weight_grad_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("blocksparse::weight_grad", _weight_grad_fake, lib=LIBRARY)
+
+
+# ---- tiles of a dense weight ------------------------------------------------------------------------
+
+
+class _KeptTiles(torch.autograd.Function):
+    """The kept tiles of a dense weight. Both directions are gathers, which fuse with masks and scales."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, weight: Tensor, coordinates: Tensor, position: Tensor, block_shape: Sequence[int]
+    ) -> Tensor:
+        ctx.save_for_backward(position)
+        ctx.shape = tuple(weight.shape)
+        ctx.last = weight.dim() == 4 and weight.stride(1) == 1
+        bh, bw = block_shape
+        row, tap, column = coordinates
+        tiles = weight.reshape(*weight.shape[:2], -1).unflatten(1, (-1, bw)).unflatten(0, (-1, bh))
+        return tiles.permute(0, 4, 2, 1, 3)[row, tap, column]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        (position,) = ctx.saved_tensors  # [out-blocks, taps, in-blocks]; -1 where no tile is kept
+        tiles = torch.where((position >= 0)[..., None, None], grad[position.clamp(min=0)], 0)
+        out_channels, in_channels, *kernel = ctx.shape
+        weight = tiles.permute(0, 3, 1, 2, 4).reshape(out_channels, *kernel, in_channels).movedim(-1, 1)
+        return weight if ctx.last else weight.contiguous(), None, None, None
+
+
+LIBRARY.impl("kept_tiles", lambda *args: _KeptTiles.apply(*args), "CompositeImplicitAutograd")
 
 
 # ---- phases of the input gradient ------------------------------------------------------------------
@@ -211,6 +247,13 @@ def _tables(flat: BlockPattern) -> tuple[Tensor, Tensor]:
     return row_ptr, torch.stack([column * flat.block_shape[1], tap, row]).to(torch.int32)
 
 
+def gather_indices(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
+    """`coordinates` and `position` of `blocksparse::kept_tiles`: int64 `[3, n]`, and that of the tile grid."""
+    position = torch.full(pattern.grid_shape, -1)
+    position[pattern.kept] = torch.arange(pattern.num_kept)
+    return pattern.tile_coordinates.T.contiguous(), position
+
+
 # ---- layers ----------------------------------------------------------------------------------------
 
 
@@ -324,4 +367,4 @@ def kernel_texts(tables: LayerTables, kernels: Sequence[KernelConfig]) -> list[s
     ]
 
 
-__all__ = ["LayerTables", "Phase", "kernel_texts", "phases"]
+__all__ = ["LayerTables", "Phase", "gather_indices", "kernel_texts", "phases"]
