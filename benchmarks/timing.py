@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import statistics
 import time
 import types
@@ -10,28 +11,44 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from blocksparse_compiler.busy import OtherLoad
+
 Call = Callable[[], Any]
 F = TypeVar("F", bound=Callable[..., Any])
+
+log = logging.getLogger(__name__)
+
+MOST_OTHER_LOAD = 0.05
+"""Of all processors' time: when other processes take more, the times are not to be trusted."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call."""
+    """Seconds per call, and the share of all processors' time that other processes took meanwhile."""
 
     median: float
     minimum: float
     rounds: int
+    other_load: float = 0.0
 
     def to_json(self, copies: int = 1) -> dict[str, float | int]:
         """Milliseconds of one of the `copies` of a layer that a call runs."""
         ms = 1e3 / copies
-        return {"median_ms": self.median * ms, "minimum_ms": self.minimum * ms, "rounds": self.rounds}
+        return {
+            "median_ms": self.median * ms,
+            "minimum_ms": self.minimum * ms,
+            "rounds": self.rounds,
+            "other_load": round(self.other_load, 3),
+        }
 
 
 def interleave(
     calls: Mapping[str, Call], *, budget: float = 0.5, rounds: tuple[int, int] = (7, 50), warmup: int = 3
 ) -> dict[str, Timing]:
-    """Times every call once per round, as many rounds as fit `budget` seconds (within `rounds`)."""
+    """Times every call once per round, as many rounds as fit `budget` seconds (within `rounds`).
+
+    Warns if other processes took much of the machine meanwhile.
+    """
     for _ in range(warmup):
         began = time.perf_counter()
         for call in calls.values():
@@ -39,12 +56,15 @@ def interleave(
     per_round = time.perf_counter() - began
     count = max(rounds[0], min(rounds[1], int(budget / per_round)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(count):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(statistics.median(s), min(s), count) for name, s in seconds.items()}
+    with OtherLoad() as others:
+        for _ in range(count):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
+    if others.fraction > MOST_OTHER_LOAD:
+        log.warning("other processes took %.0f%% of the machine: measure again", 100 * others.fraction)
+    return {name: Timing(statistics.median(s), min(s), count, others.fraction) for name, s in seconds.items()}
 
 
 def keep_freed_memory() -> bool:

@@ -11,6 +11,8 @@ from .passes.prune_blocks import prune_blocks
 from .pattern import BlockPattern, BlockSparseWeight
 from .plan import Decision, Plan, Site
 from .planning import plan
+from .recommend import recommend_block_shape
+from .recommendation import Recommendation
 from .report import SparsityReport, sparsity_report
 from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
 from .schemes import PeriodicKernels, RandomBlocks, StructuredBand
@@ -25,6 +27,7 @@ __all__ = [
     "PeriodicKernels",
     "Plan",
     "RandomBlocks",
+    "Recommendation",
     "Site",
     "SparsityReport",
     "StructuredBand",
@@ -40,6 +43,7 @@ __all__ = [
     "plan",
     "proximal_step",
     "prune_blocks",
+    "recommend_block_shape",
     "scale_penalty",
     "sparsity_report",
     "trace",

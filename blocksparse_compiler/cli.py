@@ -92,6 +92,44 @@ def explain(
 
 
 @app.command()
+def recommend(
+    model: Model,
+    input: Inputs,
+    device: Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Plan for layers of this dtype, `bfloat16`; else the model's.")
+    ] = None,
+    block_shape: Annotated[
+        list[str] | None, typer.Option(help="Compare only these block shapes, `64x32`. May be repeated.")
+    ] = None,
+    density: Annotated[
+        list[float] | None, typer.Option(help="Share of blocks kept, `0.25`. May be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show before training which block shape would pay on a device, and how much.
+
+    Example: `blocksparse recommend torchvision.models:resnet50 -i 64x3x224x224 --device h200`
+    """
+    from .recommend import DENSITIES, recommend_block_shape
+
+    found = recommend_block_shape(
+        load_model(model),
+        *map(example_input, input),
+        device=device,
+        dtype=dtype,
+        block_shapes=[check_block_shape(_sizes(s, "--block-shape"), "--block-shape") for s in block_shape]
+        if block_shape
+        else None,
+        densities=density or DENSITIES,
+    )
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        out.print(found)
+
+
+@app.command()
 def report(model: Model, input: Inputs, as_json: AsJson = False) -> None:
     """Show parameters, multiply-adds and kept blocks per layer, against the dense model."""
     from .report import sparsity_report

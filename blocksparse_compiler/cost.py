@@ -2,36 +2,88 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from . import variants
-from .devices import DeviceSpec
+from . import gpu_roofline, roofline, tuned_table, variants
+from .devices import AnyDevice
+from .gpu_devices import GpuSpec
 from .pattern import BlockPattern, BlockShape
 from .plan import DENSE, Decision, Site
-from .roofline import OVERLAP, Cost, Hints, dense_cost, geometry, sparse_cost, symbolic, value
+from .roofline import OVERLAP, Cost, Hints, geometry, symbolic, value
 
 MARGIN = 0.95
 """A sparse kernel must be estimated below this fraction of the dense time to be chosen."""
 
 
-# ---- break-even ------------------------------------------------------------------------------------
+Config = Mapping[str, "int | str"]
+
+# ---- costs on any device ---------------------------------------------------------------------------
+
+
+def dense_cost(site: Site, device: AnyDevice, hints: Hints | None = None) -> Cost:
+    """The layer as torch and Inductor run it dense; on GPUs the cheaper of two ways, for `hints`."""
+    if isinstance(device, GpuSpec):
+        return gpu_roofline.dense_cost(site, device, hints)
+    return roofline.dense_cost(site, device)
+
+
+def sparse_cost(
+    site: Site,
+    pattern: BlockPattern | BlockShape,
+    device: AnyDevice,
+    variant: str = "",
+    *,
+    density: float = 1.0,
+    config: Config | None = None,
+    hints: Hints | None = None,
+) -> Cost:
+    """The layer on a block-sparse kernel.
+
+    Args:
+        pattern: the kept tiles; or a block shape, for tiles of that `density` spread evenly.
+        variant: name of the kernel variant; may be left out on CPUs.
+        config: the kernel's parameters; by default, on GPUs, the best of those that the variant offers.
+    """
+    if not isinstance(device, GpuSpec):
+        return roofline.sparse_cost(site, pattern, device, variant, density=density)
+    configs = [config] if config is not None else _configs(site, pattern, device, variant)
+    costs = (gpu_roofline.sparse_cost(site, pattern, device, variant, c, density=density) for c in configs)
+    return min(costs, key=lambda cost: cost.evaluate(hints))
+
+
+def _configs(
+    site: Site, pattern: BlockPattern | BlockShape, device: AnyDevice, variant: str
+) -> list[variants.Parameters]:
+    if not isinstance(pattern, BlockPattern):
+        shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
+        pattern = _full(shape, pattern, site.groups)
+    configs = variants.VARIANTS[variant].configs(site, pattern, device)
+    return configs[:1] if tuned_table.best(variant, site, pattern, device.name) else configs
+
+
+@functools.lru_cache(maxsize=256)
+def _full(shape: tuple[int, ...], block_shape: BlockShape, groups: int) -> BlockPattern:
+    return BlockPattern.full(shape, block_shape, groups)
 
 
 def break_even_density(
     site: Site,
     block_shape: BlockShape,
-    device: DeviceSpec,
+    device: AnyDevice,
     *,
     variant: str = "",
+    config: Config | None = None,
     hints: Hints | None = None,
     margin: float = MARGIN,
 ) -> float:
     """Largest kept fraction, in `[0, 1]`, at which the sparse kernel still beats `margin` x dense."""
-    target = margin * dense_cost(site, device).evaluate(hints)
+    target = margin * dense_cost(site, device, hints).evaluate(hints)
 
     def pays(density: float) -> bool:
-        return sparse_cost(site, block_shape, device, variant, density=density).evaluate(hints) < target
+        cost = sparse_cost(site, block_shape, device, variant, density=density, config=config, hints=hints)
+        return cost.evaluate(hints) < target
 
     if pays(1.0):
         return 1.0
@@ -47,11 +99,18 @@ def break_even_density(
 
 @dataclass(frozen=True)
 class Candidate:
-    """One block-sparse kernel that can run a layer, and its estimated time."""
+    """One block-sparse kernel that can run a layer, and its estimated time.
+
+    Args:
+        config: the parameters that the estimate holds for; empty where it does not depend on them.
+        limit: what bounds the time, as `Cost.limit` names it.
+    """
 
     seconds: float
     variant: str
     pattern: BlockPattern
+    config: Config = field(default_factory=dict)
+    limit: str = ""
 
     @property
     def label(self) -> str:
@@ -61,7 +120,7 @@ class Candidate:
 
 
 def candidates(
-    site: Site, weight_patterns: Sequence[BlockPattern], device: DeviceSpec, hints: Hints | None = None
+    site: Site, weight_patterns: Sequence[BlockPattern], device: AnyDevice, hints: Hints | None = None
 ) -> tuple[list[Candidate], list[str]]:
     """Every kernel variant at every block shape that can run the layer, fastest first; and why others not."""
     found, refusals = [], []
@@ -70,18 +129,34 @@ def candidates(
             if variant.device != site.device.partition(":")[0]:
                 continue
             refusal = variant.unsupported(site, pattern)
-            if refusal:
-                refusals.append(refusal)
+            candidate = None if refusal else _candidate(site, pattern, device, name, hints)
+            if candidate:
+                found.append(candidate)
             else:
-                seconds = sparse_cost(site, pattern, device, name).evaluate(hints)
-                found.append(Candidate(seconds, name, pattern))
+                refusals.append(refusal or f"{name} does not run on {device.name}")
     return sorted(found, key=lambda c: c.seconds), refusals
+
+
+def _candidate(
+    site: Site, pattern: BlockPattern, device: AnyDevice, variant: str, hints: Hints | None
+) -> Candidate | None:
+    """The variant with its best parameters; None if this device cannot run it."""
+    if not isinstance(device, GpuSpec):
+        cost = roofline.sparse_cost(site, pattern, device, variant)
+        return Candidate(cost.evaluate(hints), variant, pattern)
+    best = None
+    for config in _configs(site, pattern, device, variant):
+        cost = gpu_roofline.sparse_cost(site, pattern, device, variant, config)
+        seconds = cost.evaluate(hints)
+        if best is None or seconds < best.seconds:
+            best = Candidate(seconds, variant, pattern, config, cost.limit(hints))
+    return best
 
 
 def choose(
     site: Site,
     weight_patterns: Sequence[BlockPattern],
-    device: DeviceSpec,
+    device: AnyDevice,
     *,
     allow_dense: bool = True,
     hints: Hints | None = None,
@@ -97,8 +172,8 @@ def choose(
     """
     if not site.input_shape:
         return Decision(site, DENSE, "stays dense: its input shape is unknown")
-    estimates = {DENSE: dense_cost(site, device).evaluate(hints)}
-    obstacle = _structural_obstacle(site, weight_patterns, allow_dense)
+    estimates = {DENSE: dense_cost(site, device, hints).evaluate(hints)}
+    obstacle = _structural_obstacle(site, weight_patterns, allow_dense) or getattr(device, "obstacle", None)
     if obstacle:
         return Decision(site, DENSE, f"stays dense: {obstacle}", estimates=estimates)
     ranked, refusals = candidates(site, weight_patterns, device, hints)
@@ -113,16 +188,24 @@ def choose(
     return Decision(
         site,
         best.variant,
-        why_sparse(best.pattern, best.seconds, estimates[DENSE], forced=not allow_dense),
+        why_sparse(
+            best.pattern,
+            best.seconds,
+            estimates[DENSE],
+            forced=not allow_dense,
+            limit=_limit(best, device),
+        ),
         best.pattern,
         best_config(site, best, device),
         estimates,
     )
 
 
-def best_config(site: Site, candidate: Candidate, device: DeviceSpec) -> Mapping[str, int | str]:
-    """The parameters that the kernel variant itself guesses to be best."""
-    return next(iter(variants.VARIANTS[candidate.variant].configs(site, candidate.pattern, device)), {})
+def best_config(site: Site, candidate: Candidate, device: AnyDevice) -> Mapping[str, int | str]:
+    """The parameters that the estimate holds for, or those that the variant itself guesses to be best."""
+    return candidate.config or next(
+        iter(variants.VARIANTS[candidate.variant].configs(site, candidate.pattern, device)), {}
+    )
 
 
 def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_dense: bool) -> str | None:
@@ -143,25 +226,42 @@ def why_sparse(
     *,
     forced: bool = False,
     measured: bool = False,
+    limit: str = "",
 ) -> str:
-    """The sentence for a layer that goes sparse."""
+    """The sentence for a layer that goes sparse; `limit` says what bounds its time."""
     reason = (
         f"{_kept(pattern)} kept: {format_seconds(seconds)} against {format_seconds(dense_seconds)} dense "
-        f"({dense_seconds / seconds:.1f}x{', measured' if measured else ''})"
+        f"({dense_seconds / seconds:.1f}x{', measured' if measured else ''}){limit}"
     )
     return f"{reason}; dense is not allowed here" if forced and seconds >= dense_seconds else reason
 
 
-def _why_dense(site: Site, best: Candidate, device: DeviceSpec, hints: Hints | None) -> str:
+def _why_dense(site: Site, best: Candidate, device: AnyDevice, hints: Hints | None) -> str:
     pattern = best.pattern
-    limit = break_even_density(site, pattern.block_shape, device, variant=best.variant, hints=hints)
+    limit = break_even_density(
+        site, pattern.block_shape, device, variant=best.variant, config=best.config, hints=hints
+    )
     if limit < 0.01:
-        if dense_cost(site, device).limit(hints) == "memory":
+        if dense_cost(site, device, hints).limit(hints) == "memory":
             return "stays dense: bound by reading and writing activations, which no zero block spares"
         return "stays dense: too little work at this size for any sparse kernel to pay"
     if pattern.density < limit:
         return f"stays dense: the {_kept(pattern)} kept are too uneven over the output channels to pay"
-    return f"stays dense: {pattern.density:.0%} kept needs below {limit:.0%} to pay at this size"
+    needs = f"{pattern.density:.0%} kept needs below {limit:.0%} to pay at this size"
+    return f"stays dense: {needs}{_limit(best, device)}"
+
+
+def _limit(candidate: Candidate, device: AnyDevice) -> str:
+    """What bounds a kernel on a GPU, as the end of a sentence."""
+    if not isinstance(device, GpuSpec):
+        return ""
+    return {
+        "compute": ", bound by matrix instructions",
+        "L2": ", bound by loading tiles from L2",
+        "memory": ", bound by device memory",
+        "idle": f", with too few programs to fill {device.multiprocessors} multiprocessors",
+        "overhead": ", bound by launching it",
+    }.get(candidate.limit, "")
 
 
 def _kept(pattern: BlockPattern) -> str:

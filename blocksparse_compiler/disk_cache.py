@@ -67,7 +67,7 @@ def store(kind: str, key: Any, value: Any) -> Path | None:
 @functools.cache
 def versions() -> tuple[str, ...]:
     """What every stored measurement depends on: the processor, torch and our kernels' sources."""
-    from .codegen.cpu_template import source_digest
+    from .codegen.lowerings import source_digest
 
     return processor(), torch.__version__, source_digest()
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from .cost import format_seconds
-from .devices import DeviceSpec
+from .devices import AnyDevice
 from .devices import device as find_device
 from .errors import OptionError
 from .pattern import BlockShape
@@ -24,13 +24,13 @@ class Explanation:
 
     Attributes:
         plan: the `Plan`, which `torch.compile(..., options={"plan": plan})` accepts.
-        device: the `DeviceSpec` that it was made for.
+        device: the `DeviceSpec` or `GpuSpec` that it was made for.
     """
 
     def __init__(
         self,
         plan: Plan,
-        device: DeviceSpec,
+        device: AnyDevice,
         model: torch.nn.Module | None = None,
         inputs: tuple[Any, ...] = (),
     ) -> None:
@@ -40,7 +40,7 @@ class Explanation:
     @property
     def title(self) -> str:
         name = "plan" if self._model is None else type(self._model).__name__
-        return f"{name} on {self.device.name} ({self.device.threads} threads, {self.device.isa})"
+        return f"{name} on {self.device.name} ({self.device.summary})"
 
     @property
     def totals(self) -> Totals:
@@ -102,7 +102,7 @@ class Explanation:
 def explain(
     model: torch.nn.Module,
     *example_inputs: Any,
-    device: str | torch.device | DeviceSpec | None = None,
+    device: str | torch.device | AnyDevice | None = None,
     block_shape: BlockShape | None = None,
     dense: str = "auto",
 ) -> Explanation:
@@ -113,7 +113,8 @@ def explain(
     Args:
         model: a module; it is read, not changed.
         example_inputs: what `model(*example_inputs)` takes.
-        device: name of a known device, a `DeviceSpec`, or `None` for this machine.
+        device: name of a known CPU or GPU, `"cuda"` for the present GPU, a `DeviceSpec` or `GpuSpec`, or
+            `None` for this machine.
         block_shape: consider only this tile; by default every supported one.
         dense: `"auto"`, or `"never"` for a block-sparse kernel wherever one exists.
 

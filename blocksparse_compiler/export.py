@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .devices import DeviceSpec
+from .devices import AnyDevice
 from .devices import device as find_device
 from .errors import LayerError
+from .passes.find_sites import find_sites
 from .passes.pipeline import PassContext, run_pipeline
 from .plan import Plan
 from .trace import trace
@@ -22,26 +23,27 @@ def export(
     path: str | Path,
     *,
     dynamic_shapes: Any = None,
-    device: str | DeviceSpec | None = None,
+    device: str | AnyDevice | None = None,
     options: dict[str, Any] | None = None,
 ) -> Plan:
     """Compiles `model` ahead of time into a package for `torch._inductor.aoti_load_package`.
 
-    The file holds machine code for this machine's instruction set and the kept tiles; loading it needs
-    torch alone.
+    The file holds machine code for this machine's instruction set, or for the GPU that the model is on, and
+    the kept tiles; loading it needs torch alone.
 
     Args:
         example_inputs: positional inputs, as in `torch.export.export`.
         path: where to write; ends in `.pt2`.
         dynamic_shapes: as in `torch.export.export`, for example a dynamic batch.
-        device: the machine to plan for; by default this one.
+        device: the machine to plan for, of the type that the model is on; by default this one.
         options: as for the backend (`plan`, `dense`, `block_shape`, and Inductor's own).
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        LayerError: if `path` does not end in `.pt2` or the model cannot be captured as one graph.
+        LayerError: if `path` does not end in `.pt2`, the model is on a device of another type than `device`,
+            or it cannot be captured as one graph.
         OptionError: for an unknown option.
     """
     # Not at the top: Inductor is slow to import, and training needs none of it.
@@ -54,7 +56,7 @@ def export(
     parsed = BackendOptions.parse(options)
     gm = trace(model, *example_inputs, dynamic_shapes=dynamic_shapes)
     context = PassContext(
-        device if isinstance(device, DeviceSpec) else find_device(device),
+        _spec(gm, device),
         block_shape=parsed.block_shape,
         allow_dense=parsed.dense == "auto",
         given_plan=parsed.plan,
@@ -66,7 +68,22 @@ def export(
         config = {
             **parsed.inductor,
             "freezing": True,
+            "force_layout_optimization": any(not d.is_dense and d.site.kernel_size for d in plan),
             "post_grad_custom_post_pass": inductor_api.cache_key_pass(source_digest(), parsed.inductor),
         }
         inductor_api.aoti_compile_and_package(program, str(path), config)
     return plan
+
+
+def _spec(gm: torch.fx.GraphModule, device: str | AnyDevice | None) -> AnyDevice | None:
+    """The device to plan for; None plans each layer for the one that it is on."""
+    if device is None:
+        return None
+    spec = find_device(device)
+    for site in find_sites(gm):
+        if not site.device.startswith(spec.type):
+            fix = f"Move the model and its inputs first: .to({spec.type!r})."
+            raise LayerError(
+                "export", f"a model on {spec.type}, for {spec.name}", f"one on {site.device}", fix
+            )
+    return spec

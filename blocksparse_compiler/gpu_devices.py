@@ -41,13 +41,14 @@ class GpuSpec(Figures):
             shared memory (LDS on AMD).
         registers_per_multiprocessor, threads_per_multiprocessor, warp_threads: limits of occupancy;
             registers of 32 bits.
-        load_latency_seconds: from asking for a tile that is in L2 to using it, under load.
+        load_latency_seconds: from asking for a tile that is in L2 to using it, under load; twice that from
+            memory.
         program_seconds: of one program outside its loop: setup, first load, epilogue.
         launch_seconds: gap that one kernel costs in a stream.
         graph_launch_seconds: the same inside a CUDA graph; see `with_graphs`.
-        efficiency: fractions. `"dense/<geometry>"` of peak for cuDNN and cuBLAS, `"dense/few_rows"` and
-            `"dram"` of the memory's peak, `"l2"` of the L2 rate, `"dense/template"` of peak for Inductor's
-            own templates, `"<variant>"` of peak for our kernels away from memory limits.
+        efficiency: fractions. Of peak: `"dense/<geometry>"` for cuDNN and cuBLAS, `"dense/template"` for
+            Inductor's own templates, `"<variant>"` for our kernels away from memory limits. Of the memory's
+            rate: `"dense/few_rows"` for weights in cuBLAS, `"dram"` for all else. Of the L2 rate: `"l2"`.
         sources: where the figures come from, by field name; `"efficiency <name>"` for single fractions.
     """
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tuned_table
 from .kernel_variant import KernelVariant, Parameters, output_pixels
-from .packing import OUTPUT_MAJOR, PackedWeight, pack_rows
+from .packing import OUTPUT_MAJOR, STEP_CHANNELS, PackedWeight, pack_rows
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 
@@ -18,6 +19,9 @@ BLOCK_SHAPES: tuple[BlockShape, ...] = ((128, 64), (64, 64), (64, 32), (32, 32),
 
 SMALLEST, LARGEST = 16, 128
 """Sides of a tile: matrix instructions need 16, registers hold no more than 128."""
+
+STEP_BYTES = 128
+"""Channels of one pixel that a kernel loads at a time: a whole line of the L1 cache."""
 
 DTYPES = ("float16", "bfloat16", "float32")
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
@@ -61,7 +65,9 @@ class GpuVariant(KernelVariant):
     def configs(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
         if not self.runs_on(device):
             return []
-        return [{**config, **precision(site)} for config in self._tiles(site, pattern, device)]
+        guesses = self._tiles(site, pattern, device)
+        configs = tuned_table.prefer(self.name, site, pattern, device.name, guesses)
+        return [{**config, **precision(site)} for config in configs]
 
     def _tiles(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
         raise NotImplementedError
@@ -72,26 +78,41 @@ class GpuVariant(KernelVariant):
 
 @dataclass(frozen=True)
 class Gather(GpuVariant):
-    """Loads activations through pointers: any geometry, any GPU."""
+    """Loads activations through pointers: any geometry, any GPU.
+
+    Parameters: `step` tiles of one row are multiplied at a time; `swapped`, the weights are the rows of the
+    product, so that one instruction of compute capability 9.0 covers up to 256 pixels.
+    """
 
     def _tiles(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
         bh, bw = pattern.block_shape
         most = _enough_pixels(site, 256)
+        step = max(1, STEP_BYTES // (bw * _item_bytes(site)))
         found: list[Parameters] = []
-        for pixels, warps in ((128, 4), (256, 8), (64, 4), (128, 8)):
+        for pixels, warps, swapped in ((128, 4, 0), (256, 8, 1), (256, 8, 0), (64, 4, 0), (128, 8, 0)):
             pixels = min(pixels, most)
-            accumulators = pixels * bh // (32 * warps)  # fp32 registers of a thread
-            if 4 <= accumulators <= 128:
-                stages = _stages(pixels, bh, bw, site.dtype, device)
-                config: Parameters = {"pixels": pixels, "warps": warps, "stages": stages}
-                if config not in found:
-                    found.append(config)
-        return found or [{"pixels": min(64, most), "warps": 4, "stages": 2}]
+            if not 4 <= pixels * bh // (32 * warps) <= _most_accumulators(site):
+                continue
+            if swapped and (device.backend == "hip" or int(device.arch) < 90 or bh < 64):
+                continue
+            stages = _stages((pixels + bh) * bw * step * _item_bytes(site), device)
+            config: Parameters = {"pixels": pixels, "warps": warps, "stages": stages, "step": step}
+            if swapped:
+                config["swapped"] = 1
+            if config not in found:
+                found.append(config)
+        return found or [{"pixels": min(64, most), "warps": 4, "stages": 2, "step": step}]
+
+    def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
+        return pack_rows(weight, pattern, max(1, STEP_CHANNELS // pattern.block_shape[1]))
 
 
 @dataclass(frozen=True)
-class Decode(GpuVariant):
-    """Linear layers on few rows: splits the sum over many programs, bound by the weight's bytes."""
+class Decode(Gather):
+    """Linear layers on few rows, bound by the weight's bytes.
+
+    Parameters: `split` programs share each sum; from two on, a second kernel adds up their parts.
+    """
 
     def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
         rows = output_pixels(site)
@@ -129,11 +150,26 @@ def _enough_pixels(site: Site, most: int) -> int:
     return size
 
 
-def _stages(pixels: int, bh: int, bw: int, dtype: str, device: Any) -> int:
-    """Loads in flight: as many as shared memory holds, up to four."""
-    item = 4 if dtype == "float32" else 2
-    stage_bytes = (pixels + bh) * bw * item
-    return max(2, min(4, device.shared_bytes_per_block // stage_bytes))
+def _item_bytes(site: Site) -> int:
+    return 4 if site.dtype == "float32" else 2
+
+
+def _most_accumulators(site: Site) -> int:
+    """fp32 sums that a thread can hold without spilling its other registers."""
+    if site.dtype != "float32":
+        return 128
+    return 32 if precision(site)["precision"] == "tf32" else 16
+
+
+def _stages(stage_bytes: int, device: Any) -> int:
+    """Loads in flight: as many as let two programs share a multiprocessor, from two to four."""
+    if device.backend == "hip":
+        return 2
+    buffers = device.shared_bytes_per_multiprocessor // 2 // stage_bytes
+    # Compute capability 9.0 multiplies out of shared memory, and so needs a buffer more.
+    wanted = buffers if int(device.arch) == 90 else buffers + 1
+    most = device.shared_bytes_per_block // stage_bytes
+    return max(2, min(4, max(3, wanted), most))
 
 
 GPU_VARIANTS = (

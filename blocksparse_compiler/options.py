@@ -29,7 +29,8 @@ class BackendOptions:
         dump_dir: folder for the graph after each pass, the plan and the generated sources.
         guard: how weights are watched for changes that torch does not count, such as writes through
             `.data`. "sample" compares a few elements of every tensor on each call and a slice of all
-            contents in turn; "full" compares everything on each call; "version" trusts torch's counters.
+            contents in turn (on a GPU asynchronously, so that such a change shows after some calls); "full"
+            compares everything on each call (and waits for the GPU); "version" trusts torch's counters.
         inductor: options passed through to Inductor.
     """
 

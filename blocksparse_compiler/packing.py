@@ -18,6 +18,9 @@ from .pattern import BlockPattern, gather_tiles
 
 INPUT_MAJOR, OUTPUT_MAJOR = "input_major", "output_major"
 
+STEP_CHANNELS = 64
+"""Kernels may multiply several narrow tiles at a time, of this many channels together."""
+
 
 class PackedWeight(NamedTuple):
     """A block-sparse weight as the kernels read it.
@@ -59,18 +62,35 @@ def pack_weight(weight: Tensor, pattern: BlockPattern, layout: str = INPUT_MAJOR
     return PackedWeight(values.contiguous(), row_ptr.to(device), tile_index.to(device))
 
 
-def pack_rows(weight: Tensor, pattern: BlockPattern) -> PackedWeight:
+def pack_rows(weight: Tensor, pattern: BlockPattern, multiple: int = 1) -> PackedWeight:
     """Packs output-major tiles in the order of `pack_weight`, for kernels with a program per out-block.
 
     `row_ptr` is `[out_blocks, 3]`: out-block, its first tile, and one past its last; the out-blocks with
     most tiles come first, so that the longest programs start earliest.
+
+    Args:
+        multiple: of tiles in each row; zero tiles fill it up, at the place of the row's last tile.
     """
     packed = pack_weight(weight, pattern, OUTPUT_MAJOR)
-    taps = pattern.num_taps
-    ends = packed.row_ptr[0, ::taps].cpu()
+    ends = packed.row_ptr[0, :: pattern.num_taps].cpu()
+    if multiple > 1 and packed.values.shape[0]:
+        packed, ends = _fill_rows(packed, ends, multiple)
     order = ends.diff().argsort(descending=True, stable=True)
     rows = torch.stack([order, ends[:-1][order], ends[1:][order]], 1).to(torch.int32)
     return packed._replace(row_ptr=rows.contiguous().to(weight.device))
+
+
+def _fill_rows(packed: PackedWeight, ends: Tensor, multiple: int) -> tuple[PackedWeight, Tensor]:
+    """Appends zero tiles to each row of tiles `ends[i] : ends[i + 1]`; also returns the new ends."""
+    counts = ends.diff()
+    filled = -(-counts // multiple) * multiple
+    new_ends = torch.nn.functional.pad(filled.cumsum(0), (1, 0))
+    row = torch.repeat_interleave(torch.arange(len(counts)), filled)
+    position = torch.arange(int(new_ends[-1])) - new_ends[row]
+    is_fill = (position >= counts[row]).to(packed.values.device)
+    source = (ends[row] + torch.minimum(position, counts[row] - 1)).to(packed.values.device)
+    values = packed.values[source].masked_fill(is_fill[:, None, None], 0)
+    return packed._replace(values=values, tile_index=packed.tile_index[:, source]), new_ends
 
 
 def _tiles(weight: Tensor, pattern: BlockPattern, flat: BlockPattern) -> tuple[Tensor, Tensor]:

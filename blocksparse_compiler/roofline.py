@@ -50,8 +50,11 @@ class Cost:
     Args:
         flops: multiply and add count as two; kept tiles only.
         bytes: compulsory traffic of input, weight and output.
-        compute_seconds, memory_seconds: the two roofs.
+        compute_seconds, memory_seconds: the two roofs of a CPU.
         overhead_seconds: paid on top.
+        l2_seconds: third roof, on GPUs: tiles loaded from L2.
+        idle_seconds: part of `compute_seconds` in which multiprocessors wait for the last programs.
+        overlap: part of the smaller roofs that runs behind the largest.
     """
 
     flops: sympy.Expr
@@ -59,22 +62,34 @@ class Cost:
     compute_seconds: sympy.Expr
     memory_seconds: sympy.Expr
     overhead_seconds: sympy.Expr
+    l2_seconds: sympy.Expr = sympy.S.Zero
+    idle_seconds: sympy.Expr = sympy.S.Zero
+    overlap: float = OVERLAP
+
+    @property
+    def roofs(self) -> tuple[sympy.Expr, ...]:
+        return self.compute_seconds, self.l2_seconds, self.memory_seconds
 
     @property
     def seconds(self) -> sympy.Expr:
-        roofs = (self.compute_seconds, self.memory_seconds)
-        return sympy.Max(*roofs) + (1 - OVERLAP) * sympy.Min(*roofs) + self.overhead_seconds
+        hidden = self.overlap * sympy.Max(*self.roofs)
+        return hidden + (1 - self.overlap) * sympy.Add(*self.roofs) + self.overhead_seconds
 
     def evaluate(self, hints: Hints | None = None) -> float:
         """Seconds for these sizes; `DEFAULT_HINT` for a symbol without a hint."""
-        low, high = sorted(value(roof, hints) for roof in (self.compute_seconds, self.memory_seconds))
-        return high + (1 - OVERLAP) * low + value(self.overhead_seconds, hints)
+        roofs = [value(roof, hints) for roof in self.roofs]
+        return (
+            self.overlap * max(roofs) + (1 - self.overlap) * sum(roofs) + value(self.overhead_seconds, hints)
+        )
 
     def limit(self, hints: Hints | None = None) -> str:
-        """What bounds the time: `"compute"`, `"memory"` or `"overhead"`."""
+        """What bounds the time: `"compute"`, `"L2"`, `"memory"`, `"idle"` or `"overhead"`."""
+        idle = value(self.idle_seconds, hints)
         parts = {
-            "compute": value(self.compute_seconds, hints),
+            "compute": value(self.compute_seconds, hints) - idle,
+            "L2": value(self.l2_seconds, hints),
             "memory": value(self.memory_seconds, hints),
+            "idle": idle,
             "overhead": value(self.overhead_seconds, hints),
         }
         return max(parts, key=parts.__getitem__)

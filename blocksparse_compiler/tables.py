@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .cost import format_seconds
-from .devices import NUMBERS, DeviceSpec
+from .devices import AnyDevice
 from .plan import DENSE, Decision, Plan, Site
 
 PLAIN_WIDTH = 160
@@ -157,12 +157,18 @@ def _stride(stride: tuple[int, ...]) -> str:
 
 _SUFFIXES = (
     ("_flops_per_second_per_thread", 1e9, "GFLOP/s per thread"),
+    ("_flops_per_second", 1e12, "TFLOP/s"),
     ("_bytes_per_second_per_thread", 1e9, "GB/s per thread"),
     ("_bytes_per_second", 1e9, "GB/s"),
+    ("_bytes_per_clock_per_multiprocessor", 1, "B per clock and multiprocessor"),
+    ("_bytes_per_multiprocessor", 1024, "KiB per multiprocessor"),
+    ("_bytes_per_block", 1024, "KiB per thread block"),
     ("_bytes_per_thread", 1024, "KiB per thread"),
     ("_bytes", 1024, "KiB"),
     ("_seconds_per_vector", 1e-9, "ns per vector"),
     ("_seconds", 1e-6, "us"),
+    ("_hertz", 1e9, "GHz"),
+    ("_per_multiprocessor", 1, "per multiprocessor"),
 )
 
 
@@ -174,15 +180,21 @@ def facts_table(facts: Mapping[str, str]) -> RenderableType:
     return table
 
 
-def device_table(device: DeviceSpec) -> RenderableType:
+def device_table(device: AnyDevice) -> RenderableType:
     """Every figure of a device, with its unit and its source."""
-    table = Table(title=f"{device.name} ({device.isa})", title_justify="left")
+    table = Table(title=f"{device.name} ({device.summary})", title_justify="left")
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("unit")
     table.add_column("source", overflow="fold")
-    for name in NUMBERS:
-        table.add_row(*_figure(name, getattr(device, name)), device.sources.get(name, ""))
+    for name in device.number_names():
+        found, source = getattr(device, name), device.sources.get(name, "")
+        if isinstance(found, Mapping):
+            for key, number in found.items():
+                figure, number_text, unit = _figure(name, number)
+                table.add_row(f"{figure} {key}", number_text, unit, source)
+        else:
+            table.add_row(*_figure(name, found), source)
     for kind, fraction in sorted(device.efficiency.items()):
         source = device.sources.get(f"efficiency {kind}", device.sources.get("efficiency", ""))
         table.add_row(f"efficiency {kind}", f"{fraction:.2f}", "of peak", source)

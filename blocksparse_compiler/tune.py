@@ -2,13 +2,15 @@
 
 Each candidate is compiled the way the backend compiles a model (frozen, a ReLU behind the layer) and
 called in turn with the others, so that a slow phase of the machine hits all alike. Weights are random
-in the kept tiles: the time does not depend on their values.
+in the kept tiles: the time does not depend on their values. On a GPU the calls run from CUDA graphs on a cold
+cache (`gpu_timing`).
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import importlib.metadata
 import logging
 import statistics
 import time
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import cost, disk_cache, variants
+from . import cost, disk_cache, gpu_timing, variants
 from .codegen import inductor_api, lowerings
 from .codegen.lowerings import source_digest
 from .devices import AnyDevice
@@ -34,7 +36,7 @@ from .plan import DENSE, Decision, Plan, Site
 log = logging.getLogger("blocksparse_compiler")
 
 SECONDS_PER_LAYER = 0.25
-MAX_CANDIDATES = 5
+MAX_CANDIDATES = {"cpu": 5, "cuda": 8}
 MARGIN = 0.98
 """A kernel must measure below this fraction of the dense time; within noise a layer stays dense."""
 _EMPTY = "empty"
@@ -50,16 +52,17 @@ def layer_graph(site: Site, weight: Tensor, hints: cost.Hints | None = None) -> 
 
     Args:
         site: the layer; symbolic sizes take their hints.
-        weight: `[O, C/groups, *kernel]`.
+        weight: `[O, C/groups, *kernel]`; the layer's dtype and device are the weight's.
     """
     shape = [int(cost.value(cost.symbolic(size), hints)) for size in site.input_shape]
-    x = torch.randn(shape)
+    placed: Any = {"device": weight.device, "dtype": weight.dtype}
+    x = torch.randn(shape, **placed)
     if len(site.kernel_size) in (2, 3):
         dims = len(site.kernel_size)
         x = x.to(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
     root = torch.nn.Module()
     root.register_buffer("weight", weight)
-    root.register_buffer("bias", torch.randn(site.out_channels))
+    root.register_buffer("bias", torch.randn(site.out_channels, **placed))
     graph = fx.Graph()
     node = graph.placeholder("x")
     node.meta["val"] = x
@@ -103,6 +106,8 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Run:
     config = {
         "freezing": True,
         "post_grad_custom_post_pass": inductor_api.cache_key_pass(source_digest(), {}),
+        # As in the backend; on CPUs oneDNN's layers are channels-last anyway.
+        "force_layout_optimization": any(x.is_cuda and x.dim() > 3 for x in inputs),
     }
     with inductor_api.tracing(None), torch.no_grad():
         return inductor_api.compile_fx(gm, inputs, config)
@@ -117,10 +122,10 @@ def compile_candidate(
 ) -> tuple[Run, Tensor]:
     """The layer on one kernel (`"dense"` too), and an input for it."""
     shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
-    weight = torch.randn(shape) / max(1, shape[1])
     if site.transposed:  # stored [C, O/groups, *kernel]
-        weight = torch.randn(site.in_channels, site.out_channels // site.groups, *site.kernel_size)
-    elif pattern is not None:
+        shape = (site.in_channels, site.out_channels // site.groups, *site.kernel_size)
+    weight = torch.randn(shape, device=site.device, dtype=getattr(torch, site.dtype)) / max(1, shape[1])
+    if pattern is not None and not site.transposed:
         weight = pattern.apply(weight)
     gm, x = layer_graph(site, weight, hints)
     if kernel != DENSE:
@@ -162,12 +167,12 @@ def interleave(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[s
     return {name: Timing(statistics.median(s), min(s)) for name, s in samples.items()}
 
 
-def call_cost() -> Callable[[], Any]:
+def call_cost(device: str = "cpu") -> Callable[[], Any]:
     """A compiled graph that does next to nothing: what every call of a compiled graph costs."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output((graph.call_function(torch.ops.aten.relu.default, (x,)),))
-    one = torch.zeros(8)
+    one = torch.zeros(8, device=device)
     x.meta["val"] = one
     run = compile_graph(fx.GraphModule(torch.nn.Module(), graph), [one])
     return lambda: run(one)
@@ -188,7 +193,7 @@ def measure(
     """The decision about one layer by measurement; results are kept on disk.
 
     Args:
-        site: a layer on this machine's CPU.
+        site: a layer on this machine's CPU or GPU.
         patterns: its weight in one or more block shapes, as for `cost.choose`.
         device: names the machine in the cache; its figures rank the candidates.
         seconds: time to spend on measuring (compilation comes on top).
@@ -265,10 +270,13 @@ def _options(
 ) -> dict[str, tuple[cost.Candidate, dict[str, int | str]]]:
     """What to measure: the best candidate in several parameters, the runners-up in their first."""
     found: dict[str, tuple[cost.Candidate, dict[str, int | str]]] = {}
+    most = MAX_CANDIDATES[device.type]
     for rank, candidate in enumerate(c for c in ranked if c.seconds <= 2 * ranked[0].seconds):
         configs = variants.VARIANTS[candidate.variant].configs(site, candidate.pattern, device)
-        for i, config in enumerate(configs[: MAX_CANDIDATES - 1] if rank == 0 else configs[:1]):
-            if len(found) < MAX_CANDIDATES:
+        estimated = [dict(candidate.config)] if candidate.config else []
+        configs = [*estimated, *(config for config in configs if config not in estimated)]
+        for i, config in enumerate(configs[: most - 1] if rank == 0 else configs[:1]):
+            if len(found) < most:
                 found[f"{candidate.label} #{i}"] = (candidate, dict(config))
     return found
 
@@ -286,19 +294,39 @@ def _timings(
     """
     geometry = {k: v for k, v in site.to_json().items() if k not in ("name", "node", "epilogue")}
     listing = [[label, c.pattern.num_kept, config] for label, (c, config) in options.items()]
-    key = [geometry, dict(hints or {}), listing, device.isa, device.threads, *disk_cache.versions()]
+    key = [geometry, dict(hints or {}), listing, device.name, device.summary, *_hardware(site)]
     known = disk_cache.load("tuning", key)
     if isinstance(known, dict) and set(known) == {DENSE, *options}:
         return known
     runs = {DENSE: compile_candidate(site, None, DENSE, {}, hints)}
     for label, (candidate, config) in options.items():
         runs[label] = compile_candidate(site, candidate.pattern, candidate.variant, config, hints)
-    calls: dict[str, Callable[[], Any]] = {_EMPTY: call_cost()}
+    calls: dict[str, Callable[[], Any]] = {_EMPTY: call_cost(site.device)}
     with torch.no_grad():
         for label, (run, x) in runs.items():
             calls[label] = functools.partial(run, x)
-        measured = interleave(calls, seconds)
-    empty = measured.pop(_EMPTY).median
-    timings = {label: max(timing.median - empty, 1e-7) for label, timing in measured.items()}
+        if site.device.startswith("cuda"):
+            measured: Mapping[str, Any] = gpu_timing.interleave(calls, seconds, site.device)
+        else:
+            measured = interleave(calls, seconds)
+    empty = measured[_EMPTY].median
+    timings = {label: max(measured[label].median - empty, 1e-7) for label in runs}
     disk_cache.store("tuning", key, timings)
     return timings
+
+
+def _hardware(site: Site) -> tuple[str, ...]:
+    """What a measurement of the layer depends on besides the layer: processors, settings and versions."""
+    if not site.device.startswith("cuda"):
+        return disk_cache.versions()
+    precision = variants.gpu_variants.precision(replace(site, dtype="float32")).get("precision", "")
+    return *disk_cache.versions(), torch.cuda.get_device_name(site.device), *gpu_versions(), str(precision)
+
+
+def gpu_versions() -> tuple[str, ...]:
+    """CUDA's (or ROCm's) and Triton's."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = ""
+    return str(torch.version.cuda or torch.version.hip), triton

@@ -37,6 +37,7 @@ class BlockSparseTemplate(CppTemplate):
         block_shape: `(bh, bw)`.
         parameters: of the kernel variant: `chunk`, `row_threads`.
         flush: kept tiles after which a sum starts anew; 0 for never.
+        bias_first: sums start from the bias; it is added to them otherwise.
     """
 
     def __init__(
@@ -52,10 +53,12 @@ class BlockSparseTemplate(CppTemplate):
         block_shape: tuple[int, int],
         parameters: dict[str, int | str],
         flush: int,
+        bias_first: bool,
     ) -> None:
         super().__init__("block_sparse", input_nodes, layout, num_threads)
         self.images, self.conv, self.tile, self.tiling = images, conv, tile, tiling
-        self.block_shape, self.parameters, self.flush = block_shape, parameters, flush
+        self.block_shape, self.parameters = block_shape, parameters
+        self.flush, self.bias_first = flush, bias_first
 
     def render(  # type: ignore[override]
         self,
@@ -93,6 +96,7 @@ class BlockSparseTemplate(CppTemplate):
             "cexpr": cexpr,
             "dtype": torch.float32,
             "flush": self.flush,
+            "bias_first": "true" if self.bias_first else "false",
             "num_threads": self.num_threads,
             # The kernel gets the storage of a view: add the view's offset.
             "input": f"X + {cexpr(x.get_layout().offset)}",

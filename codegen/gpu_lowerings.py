@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 
+from ..packing import STEP_CHANNELS
 from ..variants import VARIANTS, KernelConfig
+from .gpu_descriptor import MAX_RANK, has_phases, rank
 from .gpu_template import Axis, KernelText, size_of, stride_of, template
-from .inductor_api import V, ir, lowerings
+from .inductor_api import V, ir, lowerings, ops
 from .lowering_errors import Unsupported
 from .tiling import is_static
 
+log = logging.getLogger(__name__)
 _AXES = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
 
 
@@ -130,37 +135,114 @@ class _Weight:
         """The output node of the kernel, contiguous `shape`."""
         if x.get_dtype() != self.operands[0].get_dtype():
             raise Unsupported(f"{x.get_dtype()} input with {self.operands[0].get_dtype()} weights")
+        if self.num_tiles == 0:
+            return self._bias_alone(x, shape)
         parameters = self.config.parameters
+        inputs = [ir.ExternKernel.realize_input(t) for t in (x, *self.operands)]
+        variant, constants, split = self.config.variant, {}, 1
+        if variant == "triton_box":
+            constants = {} if flat else self._boxes(axes)
+            reason = _no_descriptor(inputs[0], axes, flat=flat)
+            if constants and math.prod(constants.values()) != parameters["pixels"]:
+                reason = f"boxes of {constants} do not hold {parameters['pixels']} pixels"
+            if reason is not None:
+                log.info("activations are read through pointers: %s", reason)
+                variant, constants = "triton_gather", {}
+        if variant == "triton_decode":
+            if axes or not is_static(shape[0]) or shape[0] > parameters["pixels"]:
+                raise Unsupported(f"output of shape {shape}: for at most {parameters['pixels']} rows")
+            split = int(parameters.get("split", 1))
+            constants = {"SPLIT": split}
         text = KernelText(
-            variant=self.config.variant,
+            variant=variant,
             axes=axes,
             flat=flat,
             masked=masked,
-            bias=self.bias is not None,
+            bias=self.bias is not None and split == 1,
+            split=split,
             precision=str(parameters.get("precision", "")),
+            swapped=variant == "triton_gather" and bool(parameters.get("swapped", 0)),
+            boxed=variant == "triton_box",
         )
-        if masked and text.num_taps > 63:
-            raise Unsupported(f"{text.num_taps} taps with padding")
-        if self.num_tiles == 0:
-            raise Unsupported("no tile is kept")
-        inputs = [x, *self.operands, *([self.bias] if self.bias is not None else [])]
+        step = int(parameters.get("step", 1))
+        if step * self.bw > max(self.bw, STEP_CHANNELS):
+            raise Unsupported(f"{step} tiles of {self.bw} channels at a time")
+        if text.bias:
+            inputs.append(ir.ExternKernel.realize_input(self.bias))
         choices: list[Any] = []
         error = template(text).maybe_append_choice(
             choices,
-            input_nodes=tuple(ir.ExternKernel.realize_input(t) for t in inputs),
-            layout=ir.FixedLayout(x.get_device(), x.get_dtype(), shape),
+            input_nodes=tuple(inputs),
+            layout=ir.FixedLayout(x.get_device(), x.get_dtype(), shape)
+            if split == 1
+            else ir.FixedLayout(x.get_device(), torch.float32, [split, *shape]),
             num_stages=int(parameters["stages"]),
             num_warps=int(parameters["warps"]),
             PIXELS=int(parameters["pixels"]),
             BH=self.bh,
             BW=self.bw,
+            STEP=step,
             ROWS=int(self.operands[1].get_size()[0]),
             TILES=self.num_tiles,
             ALIGN=math.gcd(8, self.bw, int(x.get_size()[1 if axes else -1])),
+            **constants,
         )
         if error is not None:
             raise Unsupported(str(error))
-        return choices[0].output_node()
+        out = choices[0].output_node()
+        return out if split == 1 else self._sum_up(out, x.get_dtype())
+
+    def _sum_up(self, parts: Any, dtype: torch.dtype) -> Any:
+        """The sum of `parts` `[split, rows, O]` and the bias: pointwise, so that it fuses with what follows."""
+        split, *shape = parts.get_size()
+        load = parts.make_loader()
+        load_bias = None if self.bias is None else self.bias.make_loader()
+
+        def inner(index: Sequence[Any]) -> Any:
+            terms = [load([sympy.Integer(part), *index]) for part in range(int(split))]
+            if load_bias is not None:
+                terms.append(ops.to_dtype(load_bias([index[-1]]), torch.float32))
+            while len(terms) > 1:
+                pairs = [ops.add(*terms[i : i + 2]) for i in range(0, len(terms) - 1, 2)]
+                terms = pairs + terms[len(terms) // 2 * 2 :]
+            return ops.to_dtype(terms[0], dtype)
+
+        return ir.Pointwise.create(device=parts.get_device(), dtype=dtype, inner_fn=inner, ranges=shape)
+
+    def _bias_alone(self, x: Any, shape: list[Any]) -> Any:
+        """What a weight without any kept tile gives."""
+        if self.bias is None:
+            return lowerings[torch.ops.aten.full.default](
+                shape, 0, dtype=x.get_dtype(), device=x.get_device()
+            )
+        bias = lowerings[torch.ops.prims.convert_element_type.default](self.bias, x.get_dtype())
+        return lowerings[torch.ops.aten.expand.default](bias, shape)
+
+    def _boxes(self, axes: tuple[Axis, ...]) -> dict[str, int]:
+        """Sides of the box of pixels. A 2-D kernel that runs a 1-D layer has boxes of one row."""
+        names = ["n", *(axis.name for axis in axes)]
+        return {f"BOX_{name.upper()}": int(self.config.parameters.get(f"box_{name}", 1)) for name in names}
+
+
+def _no_descriptor(x: Any, axes: tuple[Axis, ...], *, flat: bool) -> str | None:
+    """Why a tensor descriptor cannot describe this input; None if it can."""
+    if not flat and rank(axes) > MAX_RANK:
+        return f"strided taps along {len(axes)} dimensions"
+    item, layout = x.get_dtype().itemsize, x.get_layout()
+    strides = [s for s, size in zip(layout.stride, layout.size, strict=True) if size != 1]
+    strides.remove(1)
+    # TMA copies 16 bytes at a time.
+    starts = [layout.offset, *strides, x.get_size()[1]]
+    if x.get_name() in V.graph.unaligned_buffers or isinstance(layout, ir.NonOwningLayout):
+        return "where it starts is unknown"
+    if not all(V.graph.sizevars.statically_known_multiple_of(s * item, 16) for s in starts):
+        return f"pixels do not start at multiples of 16 bytes (strides {layout.stride})"
+    for axis, size in zip(axes, x.get_size()[2:], strict=True):
+        if flat or axis.stride == 1:
+            continue
+        if not is_static(size) or size < axis.stride or (has_phases(axis) and size % axis.stride):
+            return f"{size} pixels are no multiple of the stride {axis.stride}"
+    return None
 
 
 def _reshape(x: Any, sizes: list[Any]) -> Any:

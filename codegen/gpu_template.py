@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from .gpu_descriptor import Descriptor, describe
 from .inductor_api import SymbolicGridFn, TritonTemplate
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -40,6 +41,17 @@ class Axis:
     padding: int
     dilation: int
 
+    def shift(self, tap: int | str) -> int | str:
+        """How far this tap of the axis lies from the pixel, as a number or an expression."""
+        if isinstance(tap, int) or self.kernel == 1:
+            return (tap * self.dilation if isinstance(tap, int) else 0) - self.padding
+        scaled = tap if self.dilation == 1 else f"{tap} * {self.dilation}"
+        return f"{scaled} - {self.padding}" if self.padding else scaled
+
+
+MAX_MASK_BITS = 32
+"""Taps for which one integer holds whether they fall inside the image."""
+
 
 @dataclass(frozen=True)
 class KernelText:
@@ -53,6 +65,8 @@ class KernelText:
         bias: whether the kernel adds one.
         precision: of fp32 products, `"tf32"` or `"ieee"`; empty for 16-bit types.
         split: programs that share a sum (their results are added up afterwards).
+        swapped: weights, not activations, are the rows of the product.
+        boxed: activations are copied by a tensor descriptor, in boxes of pixels.
     """
 
     variant: str
@@ -62,6 +76,8 @@ class KernelText:
     bias: bool = False
     precision: str = ""
     split: int = 1
+    boxed: bool = False
+    swapped: bool = False
 
     @property
     def num_taps(self) -> int:
@@ -74,15 +90,17 @@ class KernelText:
         return _ENVIRONMENT.get_template(f"gpu_{name}.jinja").render(
             axes=self.axes,
             flat=self.flat,
-            masked=self.masked,
+            masked=("bits" if len(taps) <= MAX_MASK_BITS else "places") if self.masked else "",
+            swapped=self.swapped,
             bias=self.bias,
             split=self.split,
             taps=taps if len(taps) > 1 else [],
             tap_offset=self._tap_offset(),
-            mask_type="int32" if len(taps) < 32 else "int64",
+            boxes=self._boxes() if self.boxed else None,
+            digits=dict(zip((axis.name for axis in self.axes), self._tap_digits(), strict=True)),
             pixel_count=self._pixel_count(),
-            pixel_stride=stride_of("X", len(self.axes) + 1 if self.axes else 0),
-            out_channels=size_of(None, len(self.axes) + 1),
+            pixel_stride=self._pixel_stride(),
+            out_channels=size_of(None, len(self._indices) - 1),
             dot_options=f', input_precision="{self.precision}"' if self.precision else "",
             size=size_of,
             stride=stride_of,
@@ -90,17 +108,34 @@ class KernelText:
             store_output=self._store_output,
         )
 
-    def _tap_offset(self) -> str:
-        """Elements between a pixel's first input and that of `tap`."""
-        terms, inner = [], self.num_taps
+    def _tap_digits(self) -> list[str]:
+        """Which tap along each axis `tap` is."""
+        digits, inner = [], self.num_taps
         for axis in self.axes:
             inner //= axis.kernel
+            digit = f"tap // {inner}" if inner > 1 else "tap"
+            digits.append(digit if inner * axis.kernel == self.num_taps else f"{digit} % {axis.kernel}")
+        return digits
+
+    def _tap_offset(self) -> str:
+        """Elements between a pixel's first input before padding and that of the tap, as further terms."""
+        terms = ""
+        for axis in self.axes:
             if axis.kernel > 1:
-                digit = f"tap // {inner} % {axis.kernel}" if inner > 1 else f"tap % {axis.kernel}"
-                if inner * axis.kernel == self.num_taps:
-                    digit = f"tap // {inner}" if inner > 1 else "tap"
-                terms.append(f"{digit} * ({axis.dilation} * {axis.input_stride})")
-        return " + ".join(terms) or "0"
+                terms += f" + shift_{axis.name} * {axis.input_stride}"
+            elif axis.padding:
+                terms += f" - {axis.padding} * {axis.input_stride}"
+        return terms
+
+    def _boxes(self) -> Descriptor:
+        if self.flat:
+            shape = (self._pixel_count(), size_of("X", 1))
+            return Descriptor("X", shape, (self._pixel_stride(), "1"), ("PIXELS", "BW"), ("n0", "first"))
+        images = size_of("X", 0), stride_of("X", 0)
+        return describe(self.axes, self._tap_digits(), images, size_of("X", 1))
+
+    def _pixel_stride(self) -> str:
+        return stride_of("X", len(self.axes) + 1 if self.axes else 0)
 
     def _pixel_count(self) -> str:
         return " * ".join([size_of("X", 0), *(axis.out_size for axis in self.axes)])
@@ -111,10 +146,14 @@ class KernelText:
         return _hook(f"def_kernel({arguments})")
 
     def _store_output(self, value: str, mask: str, shape: tuple[str, str]) -> str:
-        indices = ["idx_n", *(f"idx_{axis.name}" for axis in self.axes), "idx_c"]
-        if not self.axes:
-            indices = ["idx_row", "idx_c"]
-        return _hook(f'store_output({tuple(indices)!r}, "{value}", "{mask}", val_shape={shape!r})')
+        return _hook(f'store_output({self._indices!r}, "{value}", "{mask}", val_shape={shape!r})')
+
+    @property
+    def _indices(self) -> tuple[str, ...]:
+        """The output's indices, outermost first."""
+        part = ("idx_part",) if self.split > 1 else ()
+        pixel = ("idx_n", *(f"idx_{axis.name}" for axis in self.axes)) if self.axes else ("idx_row",)
+        return (*part, *pixel, "idx_c")
 
 
 def _hook(call: str) -> str:
@@ -123,25 +162,37 @@ def _hook(call: str) -> str:
 
 
 def size_of(name: str | None, dim: int) -> str:
-    return _hook(f"size({name!r}, {dim})")
+    return _number(f"size({name!r}, {dim})")
 
 
 def stride_of(name: str, dim: int) -> str:
-    return _hook(f"stride({name!r}, {dim})")
+    return _number(f"stride({name!r}, {dim})")
+
+
+def _number(call: str) -> str:
+    """A hook that gives a number or a symbolic expression; the latter in parentheses."""
+    return _hook(f'("(%s)" if " " in {call} else "%s") | format({call})')
 
 
 @SymbolicGridFn
 def _grid(*sizes: Any, cdiv: Any) -> Any:
     *pixels, _channels, meta = sizes
+    if "SPLIT" in meta:
+        return (meta["ROWS"] * meta["SPLIT"], 1, 1)
+    boxed = "BOX_N" in meta
     count = 1
-    for size in pixels:
-        count = count * size
-    return (cdiv(count, meta["PIXELS"]) * meta["ROWS"], 1, 1)
+    for size, axis in zip(pixels, ("N", *"DHW"[4 - len(pixels) :]), strict=True):
+        count = count * (cdiv(size, meta[f"BOX_{axis}"]) if boxed else size)
+    return ((count if boxed else cdiv(count, meta["PIXELS"])) * meta["ROWS"], 1, 1)
+
+
+def template(text: KernelText) -> TritonTemplate:
+    """The Inductor template for this text."""
+    return _template(text.variant, text.render())
 
 
 @functools.cache
-def template(text: KernelText) -> TritonTemplate:
-    """The Inductor template for this text; one per text, since Inductor wants unique names."""
-    source = text.render()
+def _template(variant: str, source: str) -> TritonTemplate:
+    """One template per source, since Inductor wants unique names."""
     digest = hashlib.sha256(source.encode()).hexdigest()[:12]
-    return TritonTemplate(name=f"blocksparse_{text.variant}_{digest}", grid=_grid, source=source)
+    return TritonTemplate(name=f"blocksparse_{variant}_{digest}", grid=_grid, source=source)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,8 +23,10 @@ from torch._guards import TracingContext
 from torch._guards import tracing as _tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.graph import GraphLowering
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 # ---- the backend's needs ---------------------------------------------------------------------------
 
@@ -185,6 +188,8 @@ def pretend_device(
         (torch.cuda, "get_device_name", lambda device=None: properties.name),
         (torch.cuda, "current_device", lambda: 0),
         (torch.version, "hip", "6.4.0" if hip else None),
+        # cuDNN's rule for output layouts is oneDNN's; a CPU-only torch knows no cuDNN.
+        (torch._C, "_select_conv_backend", lambda *args, **kwargs: torch._C._ConvBackend.Mkldnn),
     ]
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_device)
@@ -234,3 +239,140 @@ def _forget_device() -> None:
         clear = getattr(getattr(function, "__func__", function), "cache_clear", None)
         if callable(clear) and not isinstance(function, type):
             clear()
+
+
+def decompose(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+    """The functional graph over core operators that Inductor lowers, as AOTAutograd and joint passes make it.
+
+    Args:
+        gm: takes and returns flat tuples of tensors, all attributes lifted to inputs.
+        inputs: fake tensors on the CPU: fake CUDA tensors cannot be functionalized by a CPU-only torch.
+    """
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+
+    decompositions = dict(select_decomp_table())
+    # An extern kernel on every device; it would become the CPU's own chain of operators.
+    decompositions.pop(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, None)
+    with torch.no_grad():
+        # Run node by node: kernels are named for the operators that they come from.
+        run = torch.fx.Interpreter(gm).run
+        with torch.fx.traceback.preserve_node_meta():
+            graph = aot_export_joint_simple(
+                run, tuple(inputs), trace_joint=False, decompositions=decompositions
+            )
+        assert isinstance(graph, GraphModule)
+        outputs = graph.graph.output_node()
+        # Layout optimization must not change what the caller gets.
+        values = [node.meta["val"] for node in outputs.args[0]]
+        outputs.meta["user_visible_output_idxs"] = list(range(len(values)))
+        outputs.meta["original_output_strides"] = [value.stride() for value in values]
+        with V.set_fake_mode(inputs[0].fake_mode):
+            return joint_graph_passes(graph)
+
+
+def propagate(gm: GraphModule, fake_mode: Any, inputs: Sequence[Any]) -> None:
+    """Records in `meta["val"]` what every node computes from these fake inputs."""
+    with torch.no_grad():
+        FakeTensorProp(gm, fake_mode).propagate_dont_convert_inputs(*inputs)
+
+
+def wants_channels_last(gm: GraphModule, config: Mapping[str, Any]) -> bool:
+    """Whether Inductor would lay out convolutions channels-last; reads what `propagate` recorded."""
+    with inductor_config.patch(dict(config)):
+        return bool(GraphLowering.decide_layout_opt(gm, is_inference=True))
+
+
+def generate_code(gm: GraphModule, fake_mode: Any, inputs: Sequence[Any], config: Mapping[str, Any]) -> str:
+    """Inductor's Python wrapper, kernels included, for a graph from `decompose`.
+
+    Args:
+        inputs: fake tensors on the target device; where there is none, under `pretend_device`.
+        config: Inductor options.
+    """
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+
+    options = {"compile_threads": 1, "fx_graph_cache": False, **config}
+    with torch.no_grad(), inductor_config.patch(options), V.set_fake_mode(fake_mode):
+        view_to_reshape(gm)
+        propagate(gm, fake_mode, inputs)
+        post_grad_passes(gm, is_inference=True)
+        graph = GraphLowering(
+            gm, example_inputs=list(inputs), shape_env=fake_mode.shape_env, is_inference=True
+        )
+        graph.freeze_runtime_asserts()
+        with V.set_debug_handler(DebugContext()), V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
+            graph.run(*inputs)
+            return str(graph.codegen()[0].value)
+
+
+@contextlib.contextmanager
+def loading_kernels() -> Iterator[Callable[[Any], dict[str, Any]]]:
+    """For executing modules of Triton kernels (under `pretend_device`): gives a function that describes one.
+
+    The description is what Inductor would compile: the first of its configurations.
+    """
+    from torch._inductor.runtime import triton_helpers
+
+    def describe(autotuner: Any) -> dict[str, Any]:
+        config = autotuner.configs[0]
+        meta = autotuner._create_compile_meta(config)
+        kind = getattr(autotuner.heuristic_type, "name", str(autotuner.heuristic_type)).lower()
+        return {
+            "jit_function": autotuner.fn,
+            "kind": kind,
+            "signature": dict(meta["signature"]),
+            "constants": dict(meta["constants"]),
+            "attributes": meta["configs"][0],
+            "options": autotuner._create_compile_options(config, meta),
+            "inductor_meta": autotuner.inductor_meta,
+        }
+
+    # Autotuners would set the process's Triton cache folder.
+    environment = mock.patch.dict(
+        os.environ, {"TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", "unused")}
+    )
+    with environment, mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None):
+        yield describe
+
+
+def kernel_grid(
+    meta: Mapping[str, Any], constants: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> tuple[int, int, int]:
+    """The grid that Inductor's launcher computes, from a kernel's `inductor_meta`."""
+    from torch._inductor.runtime.triton_heuristics import GridExpr
+
+    x, y, z = GridExpr.from_meta(dict(meta), dict(constants)).eval_slow({**arguments, **constants})
+    return int(x), int(y), int(z)
+
+
+def is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+def fake_mode_for(values: Iterable[Any]) -> Any:
+    """The fake mode of the first fake tensor, or a new one."""
+    found = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    return found or FakeTensorMode(shape_env=ShapeEnv())
+
+
+def fake_on(device: torch.device, value: Any, fake_mode: Any) -> Any:
+    """A fake tensor like `value`, on a device that need not exist; other values as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+
+def retarget(gm: GraphModule, device: torch.device) -> None:
+    """Has every operator of `gm` that names a device name this one."""
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in gm.graph.nodes:
+        node.args = torch.fx.node.map_aggregate(node.args, moved)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, moved)
+    gm.recompile()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import OptionError
+from ..gpu_devices import GpuSpec
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,34 @@ TARGETS: dict[str, GpuTarget] = {
 }
 
 
-def gpu_target(target: str | GpuTarget | Any) -> GpuTarget:
-    """The `GpuTarget` of a name (`"sm_90"`, `"gfx942"`), or of a device spec with `backend` and `arch`.
+def gpu_target(target: str | GpuTarget | GpuSpec) -> GpuTarget:
+    """The `GpuTarget` of a name (`"sm_90"`, `"gfx942"`), or of a device of the planner.
 
     Raises:
         OptionError: for an unknown name; the message lists the known ones.
     """
     if isinstance(target, GpuTarget):
         return target
-    name = target
-    if not isinstance(target, str) and hasattr(target, "arch"):
-        name = str(target.arch)
-    name = f"sm_{name}" if str(name).isdigit() else name
-    if name not in TARGETS:
+    if isinstance(target, GpuSpec):
+        return _target_of(target)
+    if target not in TARGETS:
         raise OptionError("target", f"one of {', '.join(TARGETS)}", repr(target), "Name a known target.")
-    return TARGETS[name]
+    return TARGETS[target]
+
+
+def _target_of(device: GpuSpec) -> GpuTarget:
+    return GpuTarget(
+        device.target,
+        device.backend,
+        device.arch,
+        device.warp_threads,
+        device.multiprocessors,
+        device.shared_bytes_per_block,
+        device.registers_per_multiprocessor,
+        device.threads_per_multiprocessor,
+        80 << 30,
+        device.name,
+    )
 
 
 def require_triton() -> None:

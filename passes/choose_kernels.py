@@ -6,6 +6,7 @@ ask the cost model. A plan given by the user is checked against the weights and 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -56,8 +57,9 @@ def choose_kernels(
     decisions: list[Decision] = []
     names: dict[str, None] = {}
     for call, site in sites_with_calls(gm):
-        if device is None and site.device.partition(":")[0] not in ("cpu", "cuda"):
-            decisions.append(Decision(site, DENSE, f"stays dense: no kernels for {site.device}"))
+        obstacle = _obstacle_here(site) if device is None else None
+        if obstacle:
+            decisions.append(Decision(site, DENSE, f"stays dense: {obstacle}"))
             continue
         spec = device or present_device(site.device)
         if device is not None and not site.device.startswith(device.type):
@@ -87,6 +89,16 @@ def find_patterns(
         )
     canonical = swap_channels(weight, call.groups) if call.transposed else weight
     return zero_block_patterns(canonical, site.groups, shapes)
+
+
+def _obstacle_here(site: Site) -> str | None:
+    """Why kernels for the device of the layer cannot be made on this machine."""
+    kind = site.device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        return f"no kernels for {site.device}"
+    if kind == "cuda" and importlib.util.find_spec("triton") is None:
+        return "GPU kernels need Triton, which is not installed (pip install triton)"
+    return None
 
 
 def _no_constant(weight: Tensor | None) -> str:

@@ -74,9 +74,11 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
             new = gm.graph.call_function(
                 torch.ops.blocksparse.conv.default, (*operands, *geometry, last, kernel)
             )
+        op = new
         if bias is not call.bias:
             new = gm.graph.call_function(torch.add, (new, call.bias))
     new.meta = dict(call.node.meta)
+    op.meta = {**call.node.meta, "blocksparse_layer": site.name}  # names generated kernels (codegen.offline)
     call.node.replace_all_uses_with(new)
     gm.graph.erase_node(call.node)
     erase_unused(gm, [call.weight])

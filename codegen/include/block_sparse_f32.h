@@ -55,16 +55,17 @@ template <int LANES, int SPLIT>
 struct Channels : Lanes<LANES> {
   static_assert(SPLIT == 1);
   using Value = typename Lanes<LANES>::Value;
-  // Weights [SPLIT][LANES / SPLIT]; inputs [SPLIT]; bias and outputs [LANES / SPLIT].
+  using Outputs = Lanes<LANES / SPLIT>;
+  // Weights [SPLIT][LANES / SPLIT]; inputs [SPLIT]; sums [LANES / SPLIT].
   BLOCK_SPARSE_INLINE Value weights(const float* p) { return Lanes<LANES>::load(p); }
   BLOCK_SPARSE_INLINE Value inputs(const float* p) { return Lanes<LANES>::broadcast(p); }
-  BLOCK_SPARSE_INLINE Value bias(const float* p) { return Lanes<LANES>::load(p); }
-  BLOCK_SPARSE_INLINE void outputs(const Value& a, float* p) { Lanes<LANES>::store(a, p); }
+  BLOCK_SPARSE_INLINE Value sums(const Value& a) { return a; }
 };
 
 #if defined(CPU_CAPABILITY_AVX512)
 template <>
 struct Channels<16, 2> : Lanes<16> {
+  using Outputs = Lanes<8>;
   BLOCK_SPARSE_INLINE Value weights(const float* p) {
     const __m512i order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
     return _mm512_permutexvar_ps(order, _mm512_loadu_ps(p));
@@ -74,29 +75,24 @@ struct Channels<16, 2> : Lanes<16> {
     std::memcpy(&pair, p, sizeof(pair));
     return _mm512_castpd_ps(_mm512_set1_pd(pair));
   }
-  BLOCK_SPARSE_INLINE Value bias(const float* p) {
-    return _mm512_maskz_expand_ps(0x5555, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
-  }
-  BLOCK_SPARSE_INLINE void outputs(const Value& a, float* p) {
-    const __m512 sums = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
-    _mm256_storeu_ps(p, _mm512_castps512_ps256(_mm512_maskz_compress_ps(0x5555, sums)));
+  BLOCK_SPARSE_INLINE __m256 sums(const Value& a) {
+    const __m512 pairs = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
+    return _mm512_castps512_ps256(_mm512_maskz_compress_ps(0x5555, pairs));
   }
 };
 
 template <>
 struct Channels<16, 4> : Lanes<16> {
+  using Outputs = Lanes<4>;
   BLOCK_SPARSE_INLINE Value weights(const float* p) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_ps(order, _mm512_loadu_ps(p));
   }
   BLOCK_SPARSE_INLINE Value inputs(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
-  BLOCK_SPARSE_INLINE Value bias(const float* p) {
-    return _mm512_maskz_expand_ps(0x1111, _mm512_castps128_ps512(_mm_loadu_ps(p)));
-  }
-  BLOCK_SPARSE_INLINE void outputs(const Value& a, float* p) {
+  BLOCK_SPARSE_INLINE __m128 sums(const Value& a) {
     const __m512 pairs = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1));
-    const __m512 sums = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4e));
-    _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sums)));
+    const __m512 fours = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0x4e));
+    return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, fours));
   }
 };
 #endif
@@ -104,6 +100,7 @@ struct Channels<16, 4> : Lanes<16> {
 #if defined(CPU_CAPABILITY_AVX2)
 template <>
 struct Channels<8, 2> : Lanes<8> {
+  using Outputs = Lanes<4>;
   BLOCK_SPARSE_INLINE Value weights(const float* p) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), order);
@@ -113,13 +110,9 @@ struct Channels<8, 2> : Lanes<8> {
     std::memcpy(&pair, p, sizeof(pair));
     return _mm256_castpd_ps(_mm256_set1_pd(pair));
   }
-  BLOCK_SPARSE_INLINE Value bias(const float* p) {
-    const __m128 b = _mm_loadu_ps(p), zero = _mm_setzero_ps();
-    return _mm256_set_m128(_mm_unpackhi_ps(b, zero), _mm_unpacklo_ps(b, zero));
-  }
-  BLOCK_SPARSE_INLINE void outputs(const Value& a, float* p) {
+  BLOCK_SPARSE_INLINE __m128 sums(const Value& a) {
     const __m256 v = a;
-    _mm_storeu_ps(p, _mm_hadd_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+    return _mm_hadd_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   }
 };
 #endif
@@ -148,12 +141,18 @@ struct BlockRow {
 enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4 };
 
 // A register tile: SEGMENTS x SEGMENT pixels, STEP floats apart in the input, by VECTORS vectors of channels.
-template <int LANES, int SPLIT, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH, int FLUSH>
+//
+// The bias comes last, since a large one would round every product that is added to it, or, for the short sums
+// where an addition per output would show, first.
+template <int LANES, int SPLIT, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH, int FLUSH,
+          bool BIAS_FIRST>
 struct Tile {
   using Vec = Channels<LANES, SPLIT>;
   using Value = typename Vec::Value;
+  using Outputs = typename Vec::Outputs;
+  static constexpr int CHANNELS = LANES / SPLIT;  // of one vector
   static constexpr int PIXELS = SEGMENTS * SEGMENT;
-  static_assert(BW % SPLIT == 0 && (SPLIT == 1 || BH == LANES / SPLIT));
+  static_assert(BW % SPLIT == 0 && (SPLIT == 1 || (BH == CHANNELS && !BIAS_FIRST)));
   typedef Value Accumulators[PIXELS][VECTORS];
 
   // acc += x * w for one kept tile. SKIP names the pixel of each segment that is outside the image.
@@ -225,18 +224,23 @@ struct Tile {
   BLOCK_SPARSE_INLINE void start(Accumulators& acc, const float* bias) {
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
-      const Value b = bias ? Vec::bias(bias + j * LANES) : Value{};
+      const Value b = BIAS_FIRST && bias ? Vec::load(bias + j * LANES) : Value{};
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) acc[p][j] = b;
     }
   }
 
   // out[PIXELS][output channels]
-  BLOCK_SPARSE_INLINE void finish(const Accumulators& acc, float* out) {
-#pragma GCC unroll 64
-    for (int p = 0; p < PIXELS; ++p) {
+  BLOCK_SPARSE_INLINE void finish(const Accumulators& acc, float* out, const float* bias) {
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) Vec::outputs(acc[p][j], out + (p * VECTORS + j) * (LANES / SPLIT));
+    for (int j = 0; j < VECTORS; ++j) {
+      const bool add = !BIAS_FIRST && bias;
+      const typename Outputs::Value b = add ? Outputs::load(bias + j * CHANNELS) : typename Outputs::Value{};
+#pragma GCC unroll 64
+      for (int p = 0; p < PIXELS; ++p) {
+        const typename Outputs::Value y = Vec::sums(acc[p][j]);
+        Outputs::store(add ? y + b : y, out + (p * VECTORS + j) * CHANNELS);
+      }
     }
   }
 
@@ -293,7 +297,7 @@ struct Tile {
       multiply_tap<INSIDE>(acc, {x}, {-1}, row, begin, stop);
     }
     add(acc, sums);
-    finish(acc, out);
+    finish(acc, out, row.bias);
   }
 
   // A tile of a convolution. `zeros`: BW floats, or (SEGMENT - 1) * STEP + BW if there are several segments.
@@ -344,7 +348,7 @@ struct Tile {
       }
     }
     add(acc, sums);
-    finish(acc, out);
+    finish(acc, out, block_row.bias);
   }
 };
 

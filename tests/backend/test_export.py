@@ -44,3 +44,8 @@ def test_bad_requests():
         bsc.export(network(), (torch.randn(1, 3, 4, 4),), "net.pt2")
     with pytest.raises(bsc.errors.OptionError, match="autotun"):
         bsc.export(network(), (torch.randn(1, 64, 4, 4),), "net.pt2", options={"autotun": True})
+
+
+def test_a_model_is_not_exported_for_a_device_that_it_is_not_on(tmp_path):
+    with pytest.raises(bsc.errors.LayerError, match=r"a model on cuda, for h200.*one on cpu.*\.to\('cuda'\)"):
+        bsc.export(nn.Linear(64, 64), (torch.randn(2, 64),), tmp_path / "m.pt2", device="h200")

@@ -265,3 +265,13 @@ def test_symbolic_floats_survive_a_recompilation():
         model.weight.mul_(2)
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(fast(x[:4]), model(x[:4]), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [32, 8])
+def test_a_large_bias_does_not_round_the_products(block):
+    model, x = halve(nn.Sequential(nn.Linear(256, 64)), block), torch.randn(64, 256)
+    model[0].bias.fill_(100)
+    fast = check(model, x, sparse=1)
+    exact = copy.deepcopy(model).double()(x.double())
+    assert (fast(x) - exact).abs().max() < 1.5 * 2**-18  # rounding a number near 100 once: 2 ** -18

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import baselines, layers, pictures, readme, report, shapes, timing, zoo
+from blocksparse_compiler import busy
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +25,33 @@ def test_interleave_takes_turns_and_counts_rounds() -> None:
     assert order == ["a", "b"] * 6
     assert [t.rounds for t in times.values()] == [4, 4]
     assert all(0 <= t.minimum <= t.median for t in times.values())
+
+
+@pytest.mark.parametrize(("others", "warnings"), [(0.0, 0), (0.04, 0), (0.3, 1)])
+def test_load_of_other_processes_is_written_down(
+    others: float, warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    processors = os.cpu_count() or 1
+    # On the clock, all processors, this process: it works for 2 of 5 seconds.
+    clocks = iter([(0.0, 100.0, 1.0), (5.0, 100.0 + 2.0 + others * 5.0 * processors, 3.0)])
+    monkeypatch.setattr(timing.OtherLoad, "_clocks", lambda self: next(clocks))
+    times = timing.interleave({"a": lambda: None, "b": lambda: None}, budget=0)
+    assert [t.to_json()["other_load"] for t in times.values()] == pytest.approx([others, others])
+    assert len(caplog.records) == warnings
+    assert not warnings or "took 30% of the machine" in caplog.text
+
+
+def test_own_work_and_unknown_work_are_no_load_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "_busy_seconds", lambda: 0.0)  # not known
+    with timing.OtherLoad() as others:
+        sum(range(1_000_000))
+    assert others.fraction == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_this_process_is_part_of_the_work_of_all_processors() -> None:
+    _, busy_seconds, own = timing.OtherLoad._clocks()
+    assert busy_seconds >= own > 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")

@@ -171,12 +171,9 @@ def test_processor_time_is_read_from_proc(tmp_path):
 
 @pytest.mark.parametrize("others", [0.0, 0.5])
 def test_other_processes_make_a_machine_busy(monkeypatch, others):
-    clock = iter([0.0, 10.0])
-    clock_of_all = iter([100.0, 100.0 + 8.0 + others * 10 * (os.cpu_count() or 1)])
-    own = iter([3.0, 11.0])
-    monkeypatch.setattr(busy.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(busy.time, "process_time", lambda: next(own))
-    monkeypatch.setattr(busy, "_busy_seconds", lambda: next(clock_of_all))
+    processors = os.cpu_count() or 1
+    clocks = iter([(0.0, 100.0, 3.0), (10.0, 100.0 + 8.0 + others * 10 * processors, 11.0)])
+    monkeypatch.setattr(busy.OtherLoad, "_clocks", lambda self: next(clocks))
 
     def measure():
         with busy.alone():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +124,48 @@ def test_graphs_change_the_launch_alone():
     assert spec.launch_seconds == spec.graph_launch_seconds == SPECS["h200"].graph_launch_seconds
     assert spec.with_figures("", launch_seconds=SPECS["h200"].launch_seconds) != spec
     assert spec.name == "h200" and spec.digest != SPECS["h200"].digest
+
+
+# ---- the page about them -------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_these_figures():
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", PAGE, re.MULTILINE)
+    assert [name for name, _ in rows] == list(SPECS)
+    for name, cells in rows:
+        spec, peak = SPECS[name], SPECS[name].peak_flops_per_second
+        assert [float(cell) for cell in cells.split("|")] == [
+            spec.multiprocessors,
+            round(peak["bfloat16"] / 1e12),
+            peak["float32"] / 1e12,
+            spec.l2_bytes / 2**20,
+            spec.l2_bytes_per_second / 1e12,
+            spec.dram_bytes_per_second / 1e12,
+        ]
+
+
+def test_the_page_counts_products_per_byte_correctly():
+    rows = re.findall(
+        r"^\| (.*?)of (\d+)(.*?), (\d+) pixels \| (\d+) \| (\d+) TFLOP/s \|$", PAGE, re.MULTILINE
+    )
+    assert len(rows) == 5
+    for head, height, shared, pixels, per_byte, cap in rows:
+        bh, px, bw = int(height), int(pixels), 64
+        rows_, loads = (2, 1.5) if "two" in head and "half" in shared else (1, 1)
+        found = rows_ * 2 * px * bh * bw / (2 * bw * (loads * px + rows_ * bh))
+        assert round(found) == int(per_byte)
+        assert found * SPECS["h200"].l2_bytes_per_second / 1e12 == pytest.approx(int(cap), abs=1)
+
+
+def test_examples_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/gpu.md", "exec"), namespace)
+    assert len(blocks) >= 4 and namespace["mine"].name == "mine"
 
 
 # ---- the present GPU -------------------------------------------------------------------------------

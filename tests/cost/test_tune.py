@@ -169,7 +169,7 @@ def test_times_are_kept_on_disk(table, spec, monkeypatch, folder):
         return (lambda x: x), torch.zeros(1)
 
     monkeypatch.setattr(tune, "compile_candidate", compile_candidate)
-    monkeypatch.setattr(tune, "call_cost", lambda: lambda: None)
+    monkeypatch.setattr(tune, "call_cost", lambda device: lambda: None)
     fixed = lambda calls, seconds: {name: tune.Timing(len(name), len(name)) for name in calls}  # noqa: E731
     monkeypatch.setattr(tune, "interleave", fixed)
     site = conv_site()
