@@ -1,4 +1,4 @@
-"""What a training step of one layer costs: forward, input gradient and weight gradient, dense or on kept tiles."""
+"""What a training step of one layer costs: output, input gradient and weight gradient, dense or sparse."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ log = logging.getLogger("blocksparse_compiler")
 def compile_training(
     gm: GraphModule, example_inputs: Sequence[Any], options: BackendOptions, config: dict[str, Any]
 ) -> Callable[..., Any]:
-    """`gm` with its backward pass: block-sparse where zeros are fixed, on Inductor's dense kernels elsewhere."""
+    """`gm` with its backward pass: block-sparse where zeros are fixed, on dense kernels elsewhere."""
     graph = TrainingGraph(gm, example_inputs, options, config)
     sparse = sum(not decision.is_dense for decision in graph.plan)
     if sparse:

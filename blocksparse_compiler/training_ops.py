@@ -69,7 +69,17 @@ def _weight_grad_reference(
         x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair])
         zeros = [0] * len(pairs)
         dense = torch.ops.aten.convolution_backward(
-            grad, x, grad.new_zeros(shape), None, stride, zeros, dilation, False, zeros, 1, [False, True, False]
+            grad,
+            x,
+            grad.new_zeros(shape),
+            None,
+            stride,
+            zeros,
+            dilation,
+            False,
+            zeros,
+            1,
+            [False, True, False],
         )[1]
     else:
         dense = grad.flatten(0, -2).t() @ x.flatten(0, -2)
@@ -153,6 +163,8 @@ def phases(
 
     Input pixel i is touched by tap t of output pixel (i + pad - t * dilation) / stride, where that is whole.
     """
+    if not kernel_size:
+        return [Phase((), (0,), (), (), ())]
     per_dim = [_phases_1d(*each) for each in zip(kernel_size, stride, padding[::2], dilation, strict=True)]
     found = []
     for parts in itertools.product(*per_dim):
@@ -223,9 +235,7 @@ class LayerTables:
         return cls(*_tables(flat), tuple(patterns), tuple(tables))
 
 
-def _transposed(
-    flat: BlockPattern, coordinates: Tensor, phase: Phase
-) -> tuple[Tensor, BlockPattern | None]:
+def _transposed(flat: BlockPattern, coordinates: Tensor, phase: Phase) -> tuple[Tensor, BlockPattern | None]:
     """Which tiles a phase uses, in its order, and the pattern that they make there."""
     (bh, bw), (rows, taps, columns) = flat.block_shape, flat.grid_shape
     if not phase.taps:
@@ -248,7 +258,7 @@ def _tables(flat: BlockPattern) -> tuple[Tensor, Tensor]:
 
 
 def gather_indices(pattern: BlockPattern) -> tuple[Tensor, Tensor]:
-    """`coordinates` and `position` of `blocksparse::kept_tiles`: int64 `[3, n]`, and that of the tile grid."""
+    """`coordinates` `[3, n]` and `position` `[out-blocks, taps, in-blocks]` of `blocksparse::kept_tiles`."""
     position = torch.full(pattern.grid_shape, -1)
     position[pattern.kept] = torch.arange(pattern.num_kept)
     return pattern.tile_coordinates.T.contiguous(), position
@@ -262,7 +272,19 @@ class _SparseConv(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, tiles: Tensor, bias: Tensor | None, *rest: Any
     ) -> Tensor:
-        out_channels, kernel_size, stride, padding, dilation, last, row_ptr, tile_index, tables, kernel, kernels = rest
+        (
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            last,
+            row_ptr,
+            tile_index,
+            tables,
+            kernel,
+            kernels,
+        ) = rest
         ctx.save_for_backward(x, tiles, tile_index, *tables)
         ctx.geometry = (kernel_size, stride, padding, dilation)
         ctx.last, ctx.kernels = last, kernels
@@ -289,7 +311,10 @@ class _SparseConv(torch.autograd.Function):
 def _input_grad(grad: Tensor, x: Tensor, tiles: Tensor, tables: list[Tensor], ctx: Any) -> Tensor:
     kernel_size, stride, padding, dilation = ctx.geometry
     dims = range(len(stride))
-    surplus = [_surplus(*each) for each in zip(kernel_size, stride, padding[::2], padding[1::2], dilation, strict=True)]
+    surplus = [
+        _surplus(*each)
+        for each in zip(kernel_size, stride, padding[::2], padding[1::2], dilation, strict=True)
+    ]
     counts = [grad.shape[2 + d] + surplus[d] for d in dims]
     parts, used = [], 0
     for phase, kernel in zip(phases(*ctx.geometry), ctx.kernels, strict=True):

@@ -69,7 +69,8 @@ def lower_weight_grad(
         )
         conv = _flat(pixels, in_channels)
     nodes = [
-        ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in (grad, x, tile_index)
+        ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t))
+        for t in (grad, x, tile_index)
     ]
     for node in nodes:
         node.freeze_layout()

@@ -25,7 +25,7 @@ _SOURCE = _HERE / "templates" / "cpu_f32_gradient.cpp.jinja"
 
 @dataclass(frozen=True)
 class GradientTile:
-    """What the inner loop keeps in registers: `vectors` of `lanes` input channels for each of `rows` outputs."""
+    """What the inner loop keeps in registers: `vectors` of `lanes` input channels, `rows` output channels."""
 
     lanes: int
     vectors: int
@@ -152,4 +152,3 @@ class TileGradientTemplate(CppTemplate):
             "chunk": self.chunk,
             "tile_threads": self.tile_threads,
         }
-

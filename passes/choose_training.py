@@ -50,7 +50,7 @@ def choose_training(
             continue
         spec = present_device(site.device)
         assert isinstance(spec, DeviceSpec)
-        patterns = _patterns(site, weight, block_shapes(site.device, block_shape))
+        patterns = _patterns(site, weights, weight, block_shapes(site.device, block_shape))
         decisions.append(choose(site, patterns, spec, allow_dense=allow_dense, hints=hints))
     return Plan(tuple(decisions), present_device("cpu").name)
 
@@ -70,5 +70,9 @@ def _obstacle(call: LayerCall, site: Site, weight: FixedWeight | None) -> str | 
     return None
 
 
-def _patterns(site: Site, weight: FixedWeight, shapes: Sequence[BlockShape]) -> list[BlockPattern]:
-    return [p for p in zero_block_patterns(weight.probe, site.groups, shapes) if p.num_kept]
+def _patterns(
+    site: Site, weights: FixedWeights, weight: FixedWeight, shapes: Sequence[BlockShape]
+) -> list[BlockPattern]:
+    patterns = [p for p in zero_block_patterns(weight.probe, site.groups, shapes) if p.num_kept]
+    # A folded layer's own tiles need no gathering.
+    return [p for p in patterns if weights.holds_tiles(weight, p)] or patterns

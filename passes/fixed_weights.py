@@ -72,7 +72,7 @@ class FixedWeights:
         return FixedWeight(node, self._evaluate(node, probes), tuple(inputs))
 
     def holds_tiles(self, weight: FixedWeight, pattern: BlockPattern) -> bool:
-        """Whether the one trained tensor of a weight is `[n, bh, bw]`, the kept tiles of this very pattern."""
+        """Whether the trained tensor of a weight is `[n, bh, bw]`, the kept tiles of this very pattern."""
         if len(weight.trained) != 1:
             return False
         values = self._trained[weight.trained[0]]
@@ -82,6 +82,24 @@ class FixedWeights:
         numbers = torch.arange(1, values.numel() + 1, dtype=values.dtype).reshape(shape)
         dense = self._evaluate(weight.node, {weight.trained[0]: numbers})
         return torch.equal(gather_tiles(dense, pattern), numbers)
+
+    def factor(self, weight: FixedWeight, pattern: BlockPattern) -> Tensor | None:
+        """The kept tiles `[n, bh, bw]` of c where the weight is c * W elementwise, W its trained tensor.
+
+        None if it is made in any other way.
+        """
+        if len(weight.trained) != 1 or self._trained[weight.trained[0]].shape != weight.probe.shape:
+            return None
+        input, *_ = weight.trained
+        like = self._trained[input]
+        generator = torch.Generator().manual_seed(1)
+        probes = [torch.rand(like.shape, generator=generator, dtype=torch.float32).add_(1) for _ in range(2)]
+        probes = [torch.ones_like(probes[0]), *probes]
+        one, *others = (self._evaluate(weight.node, {input: probe.to(like.dtype)}) for probe in probes)
+        for probe, value in zip(probes[1:], others, strict=True):
+            if not torch.allclose(one * probe, value, rtol=1e-6, atol=0):
+                return None
+        return gather_tiles(one, pattern)
 
     def _inputs(self, root: Node) -> list[Node] | None:
         """The trained tensors behind `root`; None if something else is behind it as well."""

@@ -54,7 +54,7 @@ def _lower(
     kernel = KernelConfig(decision.kernel, dict(decision.config)).encode(pattern)
     per_channel = is_per_channel(call.bias, site)
     with gm.graph.inserting_before(call.node):
-        tiles = weight.trained[0] if weights.holds_tiles(weight, pattern) else _kept_tiles(gm, weight.node, pattern)
+        tiles = _tiles(gm, weights, weight, pattern)
         operands = (call.input, tiles, call.bias if per_channel else None, site.out_channels)
         constants = (
             set_constant(gm, "row_ptr", tables.row_ptr),
@@ -81,10 +81,18 @@ def _call(gm: GraphModule, name: str, args: tuple[Any, ...]) -> Node:
     return gm.graph.call_function(getattr(torch.ops.blocksparse, name).default, args)
 
 
-def _kept_tiles(gm: GraphModule, weight: Node, pattern: BlockPattern) -> Node:
+def _tiles(gm: GraphModule, weights: FixedWeights, weight: FixedWeight, pattern: BlockPattern) -> Node:
+    """The kept tiles `[n, bh, bw]`, by as little work as possible on each step."""
+    if weights.holds_tiles(weight, pattern):
+        return weight.trained[0]
+    factor = weights.factor(weight, pattern)
+    source = weight.node if factor is None else weight.trained[0]
     coordinates, position = gather_indices(pattern)
     constants = set_constant(gm, "coordinates", coordinates), set_constant(gm, "position", position)
-    return _call(gm, "kept_tiles", (weight, *constants, list(pattern.block_shape)))
+    tiles = _call(gm, "kept_tiles", (source, *constants, list(pattern.block_shape)))
+    if factor is None or bool(factor.eq(1).all()):
+        return tiles
+    return gm.graph.call_function(torch.mul, (tiles, set_constant(gm, "factor", factor)))
 
 
 def _best_config(site: Site, pattern: BlockPattern) -> dict[str, int | str]:
