@@ -11,7 +11,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 TYPED := build/typed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench test-matrix clean
+.PHONY: help install demo test check bench bench-gpu test-matrix clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F': +' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ bench: $(INSTALLED)  ## Measure layers, models and compile time against the stro
 	$(RUN) -m benchmarks.layers
 	$(RUN) -m benchmarks.models
 	$(RUN) -m benchmarks.compile_time
+
+bench-gpu: $(INSTALLED)  ## The same on a CUDA GPU, in under 20 minutes
+	$(RUN) -m benchmarks.layers --device cuda
+	$(RUN) -m benchmarks.models --device cuda
 
 test-matrix:  ## Run the suite on every supported torch, each in its own environment
 	@for version in $(TORCH_VERSIONS); do \

@@ -25,7 +25,8 @@ from blocksparse_compiler.packing import pack_weight
 from blocksparse_compiler.variants import VARIANTS, KernelConfig
 
 from .baselines import fresh_code
-from .layers import BLOCKS, random_mask
+from .layers import BLOCKS
+from .masks import random_mask
 from .shapes import CONVOLUTIONS, ConvShape
 from .timing import geometric_mean, interleave
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.layers                       # everything: 12 shapes x 2 batches x 3 blocks
     python -m benchmarks.layers --batch 8 --block 32x32 --density 0.5 --shape 3x3
+    python -m benchmarks.layers --device cuda         # on a GPU, with options of its own: see gpu_layers
 
 Each case times the layer (with and without a ReLU) compiled by `backend="blocksparse"`, once as the cost
 model decides (`auto`) and once with the sparse kernel forced, against the fastest of eager
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -23,9 +25,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from blocksparse_compiler import BlockPattern
-
 from . import baselines, pictures, report
+from .masks import random_mask
 from .ours import Ours, compile_layers
 from .shapes import CONVOLUTIONS, LINEARS, LinearShape, Shape
 from .timing import Call, interleave, keep_freed_memory
@@ -43,14 +44,6 @@ class Case:
     batch: int
     block: str
     epilogue: str
-
-
-def random_mask(weight: Tensor, block_shape: tuple[int, int], density: float) -> Tensor:
-    """Bool mask of a random `density` of the weight's channel blocks (at least one), equal for all taps."""
-    full = BlockPattern.full(tuple(weight.shape), block_shape)
-    rows, taps, columns = full.grid_shape
-    keep = torch.randperm(rows * columns) < max(1, round(density * rows * columns))
-    return full.with_kept(keep.reshape(rows, 1, columns).expand(rows, taps, columns)).mask()
 
 
 def sparse_copy(layer: nn.Module, block_shape: tuple[int, int], density: float) -> nn.Module:
@@ -171,4 +164,6 @@ def run(
 
 
 if __name__ == "__main__":
+    if report.asks_for_gpu(sys.argv):
+        from .gpu_layers import run
     typer.run(run)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.models
     python -m benchmarks.models --model resnet50 --batch 8 --keep DBSR-B
+    python -m benchmarks.models --device cuda         # on a GPU, with options of its own: see gpu_models
 
 Weights are random, and so are the block masks. `DBSR-A` and `DBSR-B` keep the share of ResNet-50's
 parameters that the DBSR paper reports (17.89 M and 13.36 M of 25.56 M); a number is the share of the
@@ -12,6 +13,7 @@ with its C++ wrapper, and with dynamic shapes.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
@@ -129,7 +131,7 @@ def print_models(rows: list[dict[str, Any]]) -> None:
 
 
 def run(
-    model: Annotated[list[str], typer.Option(help="Networks.")] = list(zoo.NETWORKS),  # noqa: B006
+    model: Annotated[list[str], typer.Option(help="Networks.")] = list(PARTS),  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [8, 1],  # noqa: B006
     keep: Annotated[list[str], typer.Option(help="DBSR-A, DBSR-B or a density; default per model.")] = [],  # noqa: B006
     block: Annotated[int, typer.Option(help="Edge of the square blocks.")] = 32,
@@ -145,7 +147,9 @@ def run(
         for network in model:
             for size in batch:
                 bar.update(task, description=f"{network}, batch {size}")
-                rows += measure(network, size, tuple(keep) or PARTS[network], (block, block), budget)
+                rows += measure(
+                    network, size, tuple(keep) or PARTS.get(network, ("0.5",)), (block, block), budget
+                )
                 bar.advance(task)
     print_models(rows)
     if merge:
@@ -156,4 +160,6 @@ def run(
 
 
 if __name__ == "__main__":
+    if report.asks_for_gpu(sys.argv):
+        from .gpu_models import run
     typer.run(run)

@@ -124,7 +124,8 @@ def draw_models(rows: list[Row], path: Path) -> None:
     for i, row in enumerate(rows):
         axis.text(row["speedup"], i, f" {row['speedup']:.2f}×", va="center", fontsize=9)
     axis.invert_yaxis()
-    axis.set_xlabel("speed-up of the whole model over its fastest dense build (fp32)")
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}[rows[0].get("dtype", "float32")]
+    axis.set_xlabel(f"speed-up of the whole model over its fastest dense build ({dtype})")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

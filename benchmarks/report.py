@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Sequence
@@ -17,6 +18,13 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 console = Console()
+
+
+def asks_for_gpu(arguments: Sequence[str]) -> bool:
+    """Whether a command line holds `--device` with anything but the CPU: another set of options then."""
+    named = [b for a, b in itertools.pairwise(arguments) if a == "--device"]
+    named += [a.removeprefix("--device=") for a in arguments if a.startswith("--device=")]
+    return any(device != "cpu" for device in named)
 
 
 def progress() -> Progress:

@@ -22,6 +22,14 @@ class ConvShape:
         stride = f"/{self.stride}" if self.stride > 1 else ""
         return f"{self.kernel}x{self.kernel}{stride} {self.in_channels}->{self.out_channels} @{self.size}"
 
+    @property
+    def out_size(self) -> int:
+        return (self.size - 1) // self.stride + 1
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels, self.kernel, self.kernel)
+
     def layer(self) -> nn.Conv2d:
         return nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel, self.stride, self.kernel // 2, bias=False
@@ -40,6 +48,10 @@ class LinearShape:
 
     def __str__(self) -> str:
         return f"linear {self.in_features}->{self.out_features} x{self.rows_per_item}"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
 
     def layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features)

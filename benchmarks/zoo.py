@@ -30,6 +30,13 @@ def resnet50() -> Network:
     return _vision(ResNetForImageClassification(ResNetConfig(num_labels=1000)))
 
 
+def resnext50() -> Network:
+    from .resnext import resnext50 as build
+
+    model = _prepare(build())
+    return Network(model, model, _image)
+
+
 def vit_b16() -> Network:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -67,6 +74,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "vgg16": vgg16,
     "vit_b16": vit_b16,
     "bert_base": bert_base,
+    "resnext50": resnext50,
 }
 
 

@@ -4,6 +4,7 @@ from . import passes
 from .checkpoint import load_folded
 from .explain import Explanation, explain
 from .export import export
+from .inspect_kernels import Inspection, inspect_kernels
 from .passes.apply_pattern import apply_pattern
 from .passes.fold_zero_blocks import fold_zero_blocks
 from .passes.insert_block_scales import insert_block_scales
@@ -24,6 +25,7 @@ __all__ = [
     "BlockSparseWeight",
     "Decision",
     "Explanation",
+    "Inspection",
     "PeriodicKernels",
     "Plan",
     "RandomBlocks",
@@ -37,6 +39,7 @@ __all__ = [
     "fold_zero_blocks",
     "freeze_scales",
     "insert_block_scales",
+    "inspect_kernels",
     "load_folded",
     "param_groups",
     "passes",

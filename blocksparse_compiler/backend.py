@@ -209,6 +209,7 @@ class CompiledGraph:
             block_shape=options.block_shape,
             allow_dense=allow_dense,
             given_plan=options.plan,
+            inductor=self._config,
             tune=tune if options.autotune else None,
             on_pass=dump.on_pass,
         )

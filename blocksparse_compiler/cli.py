@@ -86,8 +86,9 @@ def explain(
         err.print(f"wrote {plan}", highlight=False)
     if kernels:
         kernels.mkdir(parents=True, exist_ok=True)
+        suffix = ".py" if explanation.device.type == "cuda" else ".cpp"
         for name, source in explanation.kernels.items():
-            (kernels / (re.sub(r"[^\w.-]", "_", name) + ".cpp")).write_text(source)
+            (kernels / (re.sub(r"[^\w.-]", "_", name) + suffix)).write_text(source)
         err.print(f"wrote {len(explanation.kernels)} kernels to {kernels}", highlight=False)
 
 
@@ -127,6 +128,61 @@ def recommend(
         _print_json(found.to_json())
     else:
         out.print(found)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    input: Inputs,
+    target: Annotated[
+        str, typer.Option(help="`sm_80`, `sm_90`, `gfx942`, or a GPU by name: `h200`, `mi300x`.")
+    ] = "sm_90",
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Also write sources, machine code and tables to this folder.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Convert the model first, `bfloat16` or `bf16`.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Prune first, keeping this share of the blocks: `0.25`.")
+    ] = None,
+    block: Annotated[str, typer.Option(help="Block shape for `--density`.")] = "64x64",
+    dense: Annotated[
+        str, typer.Option(help="`never` takes a block-sparse kernel wherever one exists.")
+    ] = "auto",
+    plan: Annotated[Path | None, typer.Option(help="Carry out this saved plan.")] = None,
+) -> None:
+    """Generate and cross-compile the GPU kernels of a model; needs no GPU.
+
+    Shows the plan, and for every kernel what it fuses, its registers, spills, shared memory and matrix
+    instruction. With `--out`, also writes its Triton source, PTX and cubin (AMD: assembly and hsaco).
+
+    Example: `blocksparse inspect torchvision.models:resnet50 -i 64x3x224x224 --target sm_90 --dtype bf16
+    --density 0.25 --out kernels`
+    """
+    from .inspect_kernels import inspect_kernels
+    from .passes.prune_blocks import prune_blocks
+    from .plan import Plan
+    from .progress import progress_line
+
+    network, inputs = load_model(model), list(map(example_input, input))
+    if density is not None:
+        prune_blocks(network, check_block_shape(_sizes(block, "--block"), "--block"), density)
+    with progress_line() as line:
+        found = inspect_kernels(
+            network,
+            *inputs,
+            target=target,
+            dtype=_dtype(dtype) if dtype else None,
+            dense=dense,
+            plan=Plan.load(plan) if plan else None,
+            progress=lambda what, done, total: line.update(what, done, total or None),
+        )
+    out.print(found)
+    if density is None and all(decision.pattern is None for decision in found.plan):
+        err.print("no layer has zero blocks; --density 0.25 prunes the model first", highlight=False)
+    if out_dir:
+        err.print(f"wrote {len(found.reports)} kernels to {found.write(out_dir)}", highlight=False)
+    if any(report.compiled is None for report in found.reports):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -258,6 +314,16 @@ def _sizes(text: str, where: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(x\d+)*", text):
         raise OptionError(where, "sizes joined by x", repr(text), "For example 1x3x224x224.")
     return tuple(int(size) for size in text.split("x"))
+
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, _DTYPES.get(name, name), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError("--dtype", "a floating-point dtype of torch", repr(name), "For example bfloat16.")
+    return found
 
 
 def _print_json(data: Any) -> None:

@@ -2,99 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import gpu_roofline, roofline, tuned_table, variants
+from . import gpu_roofline, roofline, variants
+from .candidate_cost import (
+    MARGIN,
+    Config,
+    break_even_density,
+    configs,
+    dense_cost,
+    sparse_cost,
+    with_sizes,
+)
 from .devices import AnyDevice
 from .gpu_devices import GpuSpec
-from .pattern import BlockPattern, BlockShape
+from .pattern import BlockPattern
 from .plan import DENSE, Decision, Site
 from .roofline import OVERLAP, Cost, Hints, geometry, symbolic, value
-
-MARGIN = 0.95
-"""A sparse kernel must be estimated below this fraction of the dense time to be chosen."""
-
-
-Config = Mapping[str, "int | str"]
-
-# ---- costs on any device ---------------------------------------------------------------------------
-
-
-def dense_cost(site: Site, device: AnyDevice, hints: Hints | None = None) -> Cost:
-    """The layer as torch and Inductor run it dense; on GPUs the cheaper of two ways, for `hints`."""
-    if isinstance(device, GpuSpec):
-        return gpu_roofline.dense_cost(site, device, hints)
-    return roofline.dense_cost(site, device)
-
-
-def sparse_cost(
-    site: Site,
-    pattern: BlockPattern | BlockShape,
-    device: AnyDevice,
-    variant: str = "",
-    *,
-    density: float = 1.0,
-    config: Config | None = None,
-    hints: Hints | None = None,
-) -> Cost:
-    """The layer on a block-sparse kernel.
-
-    Args:
-        pattern: the kept tiles; or a block shape, for tiles of that `density` spread evenly.
-        variant: name of the kernel variant; may be left out on CPUs.
-        config: the kernel's parameters; by default, on GPUs, the best of those that the variant offers.
-    """
-    if not isinstance(device, GpuSpec):
-        return roofline.sparse_cost(site, pattern, device, variant, density=density)
-    configs = [config] if config is not None else _configs(site, pattern, device, variant)
-    costs = (gpu_roofline.sparse_cost(site, pattern, device, variant, c, density=density) for c in configs)
-    return min(costs, key=lambda cost: cost.evaluate(hints))
-
-
-def _configs(
-    site: Site, pattern: BlockPattern | BlockShape, device: AnyDevice, variant: str
-) -> list[variants.Parameters]:
-    if not isinstance(pattern, BlockPattern):
-        shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
-        pattern = _full(shape, pattern, site.groups)
-    configs = variants.VARIANTS[variant].configs(site, pattern, device)
-    return configs[:1] if tuned_table.best(variant, site, pattern, device.name) else configs
-
-
-@functools.lru_cache(maxsize=256)
-def _full(shape: tuple[int, ...], block_shape: BlockShape, groups: int) -> BlockPattern:
-    return BlockPattern.full(shape, block_shape, groups)
-
-
-def break_even_density(
-    site: Site,
-    block_shape: BlockShape,
-    device: AnyDevice,
-    *,
-    variant: str = "",
-    config: Config | None = None,
-    hints: Hints | None = None,
-    margin: float = MARGIN,
-) -> float:
-    """Largest kept fraction, in `[0, 1]`, at which the sparse kernel still beats `margin` x dense."""
-    target = margin * dense_cost(site, device, hints).evaluate(hints)
-
-    def pays(density: float) -> bool:
-        cost = sparse_cost(site, block_shape, device, variant, density=density, config=config, hints=hints)
-        return cost.evaluate(hints) < target
-
-    if pays(1.0):
-        return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(10):
-        middle = (low + high) / 2
-        low, high = (middle, high) if pays(middle) else (low, middle)
-    return low
-
-
-# ---- the decision ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -144,12 +69,12 @@ def _candidate(
     if not isinstance(device, GpuSpec):
         cost = roofline.sparse_cost(site, pattern, device, variant)
         return Candidate(cost.evaluate(hints), variant, pattern)
-    best = None
-    for config in _configs(site, pattern, device, variant):
-        cost = gpu_roofline.sparse_cost(site, pattern, device, variant, config)
-        seconds = cost.evaluate(hints)
+    best, sized = None, with_sizes(site, hints)
+    for config in configs(site, pattern, device, variant):
+        cost = gpu_roofline.sparse_cost(sized, pattern, device, variant, config)
+        seconds = cost.evaluate()
         if best is None or seconds < best.seconds:
-            best = Candidate(seconds, variant, pattern, config, cost.limit(hints))
+            best = Candidate(seconds, variant, pattern, config, cost.limit())
     return best
 
 
@@ -239,7 +164,12 @@ def why_sparse(
 def _why_dense(site: Site, best: Candidate, device: AnyDevice, hints: Hints | None) -> str:
     pattern = best.pattern
     limit = break_even_density(
-        site, pattern.block_shape, device, variant=best.variant, config=best.config, hints=hints
+        with_sizes(site, hints) if isinstance(device, GpuSpec) else site,
+        pattern.block_shape,
+        device,
+        variant=best.variant,
+        config=best.config,
+        hints=hints,
     )
     if limit < 0.01:
         if dense_cost(site, device, hints).limit(hints) == "memory":

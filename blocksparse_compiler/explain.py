@@ -14,6 +14,7 @@ from .cost import format_seconds
 from .devices import AnyDevice
 from .devices import device as find_device
 from .errors import OptionError
+from .gpu_devices import GpuSpec
 from .pattern import BlockShape
 from .plan import DENSE, Decision, Plan
 from .tables import PLAIN_WIDTH, Totals, plan_table, render_plan, shape_label, sparse_estimate
@@ -49,17 +50,21 @@ class Explanation:
 
     @cached_property
     def kernels(self) -> dict[str, str]:
-        """Generated source by layer name, for the layers on a block-sparse kernel; compiles the model.
+        """Generated source by layer name, for the layers on a block-sparse kernel.
+
+        C++ for the CPU of this machine (compiles the model), Triton for any GPU (needs Triton, but no GPU).
 
         Raises:
-            OptionError: if the plan is for another machine.
+            OptionError: if the plan is for another CPU; for a GPU, if Triton is not installed.
         """
-        from .sources import kernel_sources
+        from .sources import gpu_sources, kernel_sources
 
+        if isinstance(self.device, GpuSpec) and self._model is not None:
+            return gpu_sources(self._model, self._inputs, self.plan, self.device)
         if self._model is None or self.device != find_device(None):
             raise OptionError(
                 "Explanation.kernels",
-                "a plan for this machine",
+                "a plan for this machine, or for a GPU",
                 f"a plan for {self.device.name!r}",
                 "Call explain(model, *inputs) without device= to read the kernels that run here.",
             )

@@ -1,4 +1,4 @@
-"""What the planner knows about GPUs: `GpuSpec`, the named ones, and the one in this machine.
+"""The GPUs that the planner knows by name, and the one in this machine.
 
 Units are in the field names; every figure names its source. "Assumed" figures are leads, to be replaced by
 measured ones. None of them has been fitted to kernels of this package yet.
@@ -6,125 +6,18 @@ measured ones. None of them has been fitted to kernels of this package yet.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import OptionError
-from .figures import Figures
-
-KIB, MIB = 1024, 1024 * 1024
-MIN_ARCH = 80
-"""Least compute capability, times ten, that the Triton kernels are built for."""
-PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
-
-
-@dataclass(frozen=True)
-class GpuSpec(Figures):
-    """One GPU. Immutable; equal by content. A multiprocessor is AMD's compute unit.
-
-    Args:
-        name: as `devices.device` knows it.
-        backend: `"cuda"` or `"hip"`.
-        arch: compute capability times ten (`90`), or the target on AMD (`"gfx942"`).
-        multiprocessors, clock_hertz: the clock under load.
-        peak_flops_per_second: dense, matrix units, fp32 accumulation, by `PRECISIONS`; `"float32"` is plain
-            fp32. Multiply and add count as two.
-        l2_bytes: last cache before memory that all multiprocessors share.
-        l2_bytes_per_second: from there to all multiprocessors together.
-        l2_bytes_per_clock_per_multiprocessor: what one multiprocessor can take in.
-        dram_bytes_per_second: peak of the memory.
-        shared_bytes_per_block, shared_bytes_per_multiprocessor, shared_bytes_per_clock_per_multiprocessor:
-            shared memory (LDS on AMD).
-        registers_per_multiprocessor, threads_per_multiprocessor, warp_threads: limits of occupancy;
-            registers of 32 bits.
-        load_latency_seconds: from asking for a tile that is in L2 to using it, under load; twice that from
-            memory.
-        program_seconds: of one program outside its loop: setup, first load, epilogue.
-        launch_seconds: gap that one kernel costs in a stream.
-        graph_launch_seconds: the same inside a CUDA graph; see `with_graphs`.
-        efficiency: fractions. Of peak: `"dense/<geometry>"` for cuDNN and cuBLAS, `"dense/template"` for
-            Inductor's own templates, `"<variant>"` for our kernels away from memory limits. Of the memory's
-            rate: `"dense/few_rows"` for weights in cuBLAS, `"dram"` for all else. Of the L2 rate: `"l2"`.
-        sources: where the figures come from, by field name; `"efficiency <name>"` for single fractions.
-    """
-
-    type: ClassVar[str] = "cuda"  # ROCm builds of torch call their devices so, too
-    example: ClassVar[str] = "h200"
-    texts: ClassVar[tuple[str, ...]] = ("name", "backend", "arch")
-
-    name: str
-    backend: str
-    arch: int | str
-    multiprocessors: int
-    clock_hertz: float
-    peak_flops_per_second: Mapping[str, float]
-    l2_bytes: int
-    l2_bytes_per_second: float
-    l2_bytes_per_clock_per_multiprocessor: int
-    dram_bytes_per_second: float
-    shared_bytes_per_block: int
-    shared_bytes_per_multiprocessor: int
-    shared_bytes_per_clock_per_multiprocessor: int
-    registers_per_multiprocessor: int
-    threads_per_multiprocessor: int
-    warp_threads: int
-    load_latency_seconds: float
-    program_seconds: float
-    launch_seconds: float
-    graph_launch_seconds: float
-    efficiency: Mapping[str, float] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.check()
-        known = self.backend == "cuda" and isinstance(self.arch, int)
-        if not known and not (self.backend == "hip" and str(self.arch).startswith("gfx")):
-            raise OptionError(
-                f"GpuSpec({self.name!r})",
-                "backend 'cuda' with arch 80, 90, ... or backend 'hip' with arch 'gfx942', ...",
-                f"backend {self.backend!r} with arch {self.arch!r}",
-                "Start from a named spec: devices.device('h200').with_figures(...).",
-            )
-        if set(self.peak_flops_per_second) != set(PRECISIONS):
-            raise OptionError(
-                f"GpuSpec({self.name!r})",
-                f"peak_flops_per_second for {', '.join(PRECISIONS)}",
-                f"{', '.join(self.peak_flops_per_second) or 'none'}",
-                "Give one figure for each.",
-            )
-
-    __hash__ = Figures.__hash__
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why none of our kernels runs on this GPU, as a phrase; None if they do."""
-        if self.backend == "cuda" and int(self.arch) < MIN_ARCH:
-            needed, has = (f"{arch // 10}.{arch % 10}" for arch in (MIN_ARCH, int(self.arch)))
-            return f"block-sparse kernels need compute capability {needed}, this GPU has {has}"
-        return None
-
-    @property
-    def target(self) -> str:
-        """`"sm_90"` or `"gfx942"`."""
-        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
-
-    @property
-    def summary(self) -> str:
-        """What kind of machine it is, in a few words."""
-        return f"{self.multiprocessors} multiprocessors, {self.target}"
-
-    def with_graphs(self) -> GpuSpec:
-        """The same GPU with every kernel launched from a CUDA graph (`mode="reduce-overhead"`)."""
-        return self.with_figures(
-            self.sources.get("graph_launch_seconds", ""), launch_seconds=self.graph_launch_seconds
-        )
-
+from .gpu_spec import GpuSpec
 
 NUMBERS = GpuSpec.number_names()
+KIB, MIB = 1024, 1024 * 1024
 
 # ---- named GPUs ------------------------------------------------------------------------------------
 
@@ -191,7 +84,7 @@ _H100_SPEC = GpuSpec(
     threads_per_multiprocessor=2048,
     warp_threads=32,
     load_latency_seconds=0.45e-6,
-    program_seconds=0.8e-6,
+    program_seconds=0.6e-6,
     launch_seconds=2.5e-6,
     graph_launch_seconds=1.3e-6,
     efficiency=_HOPPER_EFFICIENCY,
@@ -322,7 +215,7 @@ _MI300X_SPEC = (
     .with_figures(
         _LEAD,
         load_latency_seconds=0.8e-6,
-        program_seconds=1.5e-6,
+        program_seconds=1.2e-6,
         launch_seconds=4e-6,
         graph_launch_seconds=2.5e-6,
         efficiency={
@@ -339,8 +232,21 @@ _MI300X_SPEC = (
     )
 )
 
+MEASURED_FOLDER = Path(__file__).parent / "tuned"
+
+
+def with_measured(spec: GpuSpec) -> GpuSpec:
+    """`spec` with the figures that were fitted to measurements on such a GPU, if `gpu_fit` wrote some."""
+    try:
+        data = json.loads((MEASURED_FOLDER / f"{spec.name}.figures.json").read_text())
+    except FileNotFoundError:
+        return spec
+    return spec.with_figures(data["source"], **data["figures"])
+
+
 SPECS: dict[str, GpuSpec] = {
-    spec.name: spec for spec in (_A100_SPEC, _H100_SPEC, _H200_SPEC, _L4_SPEC, _RTX4090_SPEC, _MI300X_SPEC)
+    spec.name: with_measured(spec)
+    for spec in (_A100_SPEC, _H100_SPEC, _H200_SPEC, _L4_SPEC, _RTX4090_SPEC, _MI300X_SPEC)
 }
 
 # ---- the GPU in this machine -----------------------------------------------------------------------
@@ -389,7 +295,7 @@ def spec_of(properties: Any) -> GpuSpec:
     if hip:
         arch = str(getattr(properties, "gcnArchName", "gfx000")).partition(":")[0]
     closest = known or ("mi300x" if hip else next(s for least, s in _CLOSEST if int(arch) >= least))
-    return _scaled(SPECS[closest], _slug(name), arch, properties)
+    return with_measured(_scaled(SPECS[closest], _slug(name), arch, properties))
 
 
 def _scaled(base: GpuSpec, name: str, arch: int | str, properties: Any) -> GpuSpec:
@@ -435,3 +341,6 @@ def _scaled(base: GpuSpec, name: str, arch: int | str, properties: Any) -> GpuSp
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+__all__ = ["MEASURED_FOLDER", "NUMBERS", "SPECS", "GpuSpec", "present_gpu", "spec_of", "with_measured"]

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import gpu_variants
 from .gpu_devices import GpuSpec
+from .pair_packing import pair_rows
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 from .roofline import positions, symbolic
@@ -73,8 +74,6 @@ def programs(
     step, parts = int(config.get("step", 1)), int(config.get("split", 1))
     if isinstance(pattern, BlockPattern):
         if variant == "triton_pair":
-            from .pair_packing import pair_rows
-
             pairs = pair_rows(pattern)
             products, loads = (np.array([getattr(p, n) for p in pairs], float) for n in ("products", "loads"))
             return Programs(products, loads, block_rows=2, loops=3)
@@ -141,7 +140,9 @@ class Tile:
     def loaded_bytes(self, work: Programs) -> np.ndarray:
         """What each program loads."""
         bh, bw = self.block
-        return item_bytes(self.site) * bw * (work.loads * self.pixels + work.products * bh)
+        total = number(positions(self.site))
+        pixels = min(self.pixels, total) if isinstance(total, int) else self.pixels
+        return item_bytes(self.site) * bw * (work.loads * pixels + work.products * bh)
 
     def seconds(self, work: Programs, *, far: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Of each program: with a multiprocessor's rates to itself; and from its start to its end.
@@ -165,7 +166,7 @@ class Tile:
         in_flight = max(1, int(self.config["stages"]) - 1)
         latency = device.load_latency_seconds * (2 if far else 1)
         arrival = work.products / self.step * latency / in_flight
-        fixed = device.program_seconds + (work.loops - 1) * latency
+        fixed = device.program_seconds + work.loops * latency
         return throughput, np.maximum(throughput, arrival) + fixed
 
     def _efficiency(self) -> float:

@@ -70,21 +70,29 @@ _SPLIT_K = 1024
 
 
 def dense_cost(site: Site, device: GpuSpec, hints: Hints | None = None) -> Cost:
-    """The layer as Inductor runs it dense, with what follows: the cheaper one, for `hints`, of
+    """The layer as Inductor runs it dense, with what follows.
 
-    - a call of cuDNN or cuBLAS, and one more kernel that adds the bias of a convolution and applies the
-      epilogue, which reads and writes the output again;
-    - a Triton template of Inductor (`max_autotune`) with the epilogue fused.
+    That is a call of cuDNN or cuBLAS, and one more kernel that adds the bias of a convolution and applies
+    the epilogue, which reads and writes the output again. If the device has `templates` (`max_autotune`),
+    a Triton template of Inductor with the epilogue fused is taken where that is cheaper, for `hints`.
     """
-    kind = geometry(site)
-    usual = device.efficiency.get(f"dense/{kind}", device.efficiency["dense/template"])
+    kind, usual = geometry(site), _library_efficiency(site, device)
     output = item_bytes(site) * _positions(site) * site.out_channels
     followed = bool(site.epilogue) or (site.bias and bool(site.kernel_size))
     library = _dense_kernel(site, device, usual, extra_traffic=2 * output if followed else 0)
-    if not followed or kind in ("grouped", "depthwise"):
+    if not followed or not device.templates or kind in ("grouped", "depthwise"):
         return library
     template = _dense_kernel(site, device, min(usual, device.efficiency["dense/template"]))
     return min((library, template), key=lambda cost: cost.evaluate(hints))
+
+
+def _library_efficiency(site: Site, device: GpuSpec) -> float:
+    """Of cuDNN and cuBLAS, as a fraction of peak; the figure for grouped layers is that of 8 channels."""
+    kind = geometry(site)
+    if site.groups == 1 or kind == "depthwise":
+        return device.efficiency[f"dense/{kind}"]
+    narrow = min(site.in_channels, site.out_channels) // site.groups
+    return min(device.efficiency["dense/spatial"], device.efficiency["dense/grouped"] * narrow / 8)
 
 
 def _dense_kernel(site: Site, device: GpuSpec, efficiency: float, extra_traffic: Number = 0) -> Cost:

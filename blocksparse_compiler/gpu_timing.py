@@ -5,22 +5,23 @@ Everything here needs a GPU, except to import.
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-log = logging.getLogger("blocksparse_compiler")
-
 Call = Callable[[], Any]
+Run = Callable[[], Call]
+"""Prepares the stream for a call, and returns what to time."""
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 WARMUP = 3
 ROUNDS = 5, 100
-_SLEEP_CYCLES = 2_000_000  # about 1 ms: the host queues a call meanwhile
+SLEEP_CYCLES = 2_000_000
+"""About 1 ms: the host queues a call meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,24 @@ def interleave(
     *,
     flush: bool = True,
     rounds: tuple[int, int] = ROUNDS,
+    uncaptured: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Times every call in turn, as many rounds as fit `seconds` (within `rounds`).
 
     Args:
         calls: may launch any number of kernels; they run in a graph where they can be captured.
         flush: empty the L2 cache before each; else calls must touch enough memory themselves.
+        uncaptured: names of calls that may wait for the GPU, which no graph can hold.
     """
     with torch.cuda.device(device), torch.no_grad():
         scratch = _l2_sized(device) if flush else None
         pool = torch.cuda.graph_pool_handle()
-        runs = {name: _captured(name, call, pool) for name, call in calls.items()}
+        runs = {
+            name: _queued(call) if name in uncaptured else _captured(call, pool)
+            for name, call in calls.items()
+        }
 
-        def once() -> dict[str, tuple[torch.cuda.Event, torch.cuda.Event]]:
+        def once() -> dict[str, Events]:
             return {name: _timed(run, scratch) for name, run in runs.items()}
 
         once()
@@ -63,28 +69,47 @@ def interleave(
         count = max(rounds[0], min(rounds[1], int(seconds / per_round)))
         events = [once() for _ in range(count)]
         torch.cuda.synchronize()
-    samples = {
-        name: [start.elapsed_time(end) * 1e-3 for start, end in _column(events, name)] for name in runs
-    }
-    return {name: Timing(statistics.median(s), min(s), count) for name, s in samples.items()}
+    return {name: _summary([row[name] for row in events]) for name in runs}
 
 
-def _column(events: list[dict[str, Any]], name: str) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
-    return [row[name] for row in events]
+def _summary(events: list[Events]) -> Timing:
+    seconds = [start.elapsed_time(end) * 1e-3 for start, end in events]
+    return Timing(statistics.median(seconds), min(seconds), len(seconds))
 
 
-def _timed(run: Call, scratch: torch.Tensor | None) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+def _timed(run: Run, scratch: torch.Tensor | None) -> Events:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if scratch is not None:
         scratch.zero_()
+    call = run()
     start.record()
-    run()
+    call()
     end.record()
     return start, end
 
 
-def _captured(name: str, call: Call, pool: Any) -> Call:
-    """Replays `call` from a CUDA graph; where it cannot be captured, calls it behind a busy stream."""
+def _captured(call: Call, pool: Any) -> Run:
+    """The call as a CUDA graph."""
+    _warm_up(call)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use the GPU meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        call()
+    return lambda: graph.replay
+
+
+def _queued(call: Call) -> Run:
+    """The call behind a busy GPU, so that its kernels wait for each other and not for the host."""
+    _warm_up(call)
+
+    def run() -> Call:
+        torch.cuda._sleep(SLEEP_CYCLES)
+        return call
+
+    return run
+
+
+def _warm_up(call: Call) -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -92,15 +117,6 @@ def _captured(name: str, call: Call, pool: Any) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            call()
-    except Exception as error:
-        log.info("%s cannot be captured in a CUDA graph: %s", name, error)
-        torch.cuda.synchronize()
-        return call
-    return graph.replay
 
 
 def _l2_sized(device: torch.device | str) -> torch.Tensor:

@@ -20,6 +20,13 @@ BLOCK_SHAPES: tuple[BlockShape, ...] = ((128, 64), (64, 64), (64, 32), (32, 32),
 SMALLEST, LARGEST = 16, 128
 """Sides of a tile: matrix instructions need 16, registers hold no more than 128."""
 
+IN_FLIGHT_BYTES = 64 * 1024
+"""Loads that a program has in flight where the memory's rate is the limit: rate times latency, with a margin
+for an H200 with one program on each multiprocessor."""
+
+LOAD_BYTES = 16
+"""The widest load of a thread."""
+
 STEP_BYTES = 128
 """Channels of one pixel that a kernel loads at a time: a whole line of the L1 cache."""
 
@@ -87,21 +94,32 @@ class Gather(GpuVariant):
     def _tiles(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
         bh, bw = pattern.block_shape
         most = _enough_pixels(site, 256)
-        step = max(1, STEP_BYTES // (bw * _item_bytes(site)))
+        step = _step(site, bw)
         found: list[Parameters] = []
         for pixels, warps, swapped in ((128, 4, 0), (256, 8, 1), (256, 8, 0), (64, 4, 0), (128, 8, 0)):
             pixels = min(pixels, most)
-            if not 4 <= pixels * bh // (32 * warps) <= _most_accumulators(site):
+            threads = warps * device.warp_threads
+            if not 4 <= pixels * bh // threads <= _most_accumulators(site):
+                continue
+            if bh * bw * step * _item_bytes(site) < LOAD_BYTES * threads:
                 continue
             if swapped and (device.backend == "hip" or int(device.arch) < 90 or bh < 64):
                 continue
-            stages = _stages((pixels + bh) * bw * step * _item_bytes(site), device)
+            stages = pipeline_stages((pixels + bh) * bw * step * _item_bytes(site), device)
+            if stages < 2:
+                continue
             config: Parameters = {"pixels": pixels, "warps": warps, "stages": stages, "step": step}
             if swapped:
                 config["swapped"] = 1
             if config not in found:
                 found.append(config)
-        return found or [{"pixels": min(64, most), "warps": 4, "stages": 2, "step": step}]
+        if not found:
+            pixels = min(64, most)
+            stages = pipeline_stages((pixels + bh) * bw * step * _item_bytes(site), device)
+            found = [
+                {"pixels": pixels, "warps": 2 if pixels * bh <= 1024 else 4, "stages": stages, "step": step}
+            ]
+        return found
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
         return pack_rows(weight, pattern, max(1, STEP_CHANNELS // pattern.block_shape[1]))
@@ -121,12 +139,24 @@ class Decode(Gather):
         return None
 
     def _tiles(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
+        bh, bw = pattern.block_shape
+        step = _step(site, bw)
+        stage_bytes = (bh + DECODE_ROWS) * bw * step * _item_bytes(site)
+        most = device.shared_bytes_per_block // stage_bytes
+        config: Parameters = {
+            "pixels": DECODE_ROWS,
+            "warps": 4 if bh >= 64 else 2,
+            "stages": 2
+            if device.backend == "hip"
+            else min(max(4, min(10, IN_FLIGHT_BYTES // stage_bytes)), most),
+            "step": step,
+        }
         rows = len(pattern.kept)
         wanted = 4 * device.multiprocessors // max(1, rows)
         tiles = int(pattern.kept.sum((1, 2)).max())
         best = max(1, min(wanted, tiles // 4, 16))
         splits = dict.fromkeys(s for s in (best, 2 * best, max(1, best // 2), 1) if s <= max(1, tiles))
-        return [{"pixels": 16, "warps": 4, "stages": 6, "split": split} for split in splits]
+        return [{**config, "split": split} for split in splits]
 
 
 def precision(site: Site) -> Parameters:
@@ -150,6 +180,11 @@ def _enough_pixels(site: Site, most: int) -> int:
     return size
 
 
+def _step(site: Site, bw: int) -> int:
+    """Tiles of one row to multiply at a time."""
+    return max(1, STEP_BYTES // (bw * _item_bytes(site)))
+
+
 def _item_bytes(site: Site) -> int:
     return 4 if site.dtype == "float32" else 2
 
@@ -161,15 +196,15 @@ def _most_accumulators(site: Site) -> int:
     return 32 if precision(site)["precision"] == "tf32" else 16
 
 
-def _stages(stage_bytes: int, device: Any) -> int:
-    """Loads in flight: as many as let two programs share a multiprocessor, from two to four."""
+def pipeline_stages(stage_bytes: int, device: Any) -> int:
+    """Loads in flight: what lets two programs share a multiprocessor, up to four. Below two: too large."""
+    # Compute capability 9.0 multiplies out of shared memory, and so needs a buffer more than others.
+    extra = 0 if device.backend == "cuda" and int(device.arch) == 90 else 1
+    most = device.shared_bytes_per_block // stage_bytes + extra
     if device.backend == "hip":
-        return 2
-    buffers = device.shared_bytes_per_multiprocessor // 2 // stage_bytes
-    # Compute capability 9.0 multiplies out of shared memory, and so needs a buffer more.
-    wanted = buffers if int(device.arch) == 90 else buffers + 1
-    most = device.shared_bytes_per_block // stage_bytes
-    return max(2, min(4, max(3, wanted), most))
+        return min(2, most)
+    shared = device.shared_bytes_per_multiprocessor // 2 // stage_bytes + extra
+    return min(4, max(3, shared), most)
 
 
 GPU_VARIANTS = (

@@ -129,7 +129,7 @@ class Inspection:
     @property
     def kernels(self) -> dict[str, str]:
         """Fused Triton source by layer name, for the layers on a block-sparse kernel."""
-        return layer_sources(self.program)
+        return {layer: kernel.source for kernel in self.program.templates for layer in kernel.layers}
 
     @property
     def problems(self) -> list[str]:
@@ -174,11 +174,6 @@ class Inspection:
         return capture.get().rstrip("\n")
 
     __repr__ = __str__
-
-
-def layer_sources(program: OfflineProgram) -> dict[str, str]:
-    """Fused Triton source by layer name, in the order of the program's kernels."""
-    return {layer: kernel.source for kernel in program.templates for layer in kernel.layers}
 
 
 def kernel_table(reports: Iterable[KernelReport], title: str, externs: Iterable[str] = ()) -> Table:

@@ -63,7 +63,7 @@ def pack_weight(weight: Tensor, pattern: BlockPattern, layout: str = INPUT_MAJOR
 
 
 def pack_rows(weight: Tensor, pattern: BlockPattern, multiple: int = 1) -> PackedWeight:
-    """Packs output-major tiles in the order of `pack_weight`, for kernels with a program per out-block.
+    """Packs output-major tiles for kernels with a program per out-block.
 
     `row_ptr` is `[out_blocks, 3]`: out-block, its first tile, and one past its last; the out-blocks with
     most tiles come first, so that the longest programs start earliest.
@@ -73,11 +73,33 @@ def pack_rows(weight: Tensor, pattern: BlockPattern, multiple: int = 1) -> Packe
     """
     packed = pack_weight(weight, pattern, OUTPUT_MAJOR)
     ends = packed.row_ptr[0, :: pattern.num_taps].cpu()
+    slots = tile_slots(pattern.ungroup())
+    packed = select_tiles(packed, slots[slots >= 0])
     if multiple > 1 and packed.values.shape[0]:
         packed, ends = _fill_rows(packed, ends, multiple)
     order = ends.diff().argsort(descending=True, stable=True)
     rows = torch.stack([order, ends[:-1][order], ends[1:][order]], 1).to(torch.int32)
     return packed._replace(row_ptr=rows.contiguous().to(weight.device))
+
+
+def tile_slots(flat: BlockPattern) -> Tensor:
+    """int64 `[out_blocks, taps * in_blocks]`: number of the tile there, as `pack_weight` counts, or -1.
+
+    The taps of one step of input channels follow each other: they read nearly the same activations, which a
+    cache may still hold.
+    """
+    _, taps, in_blocks = flat.kept.shape
+    slots = torch.full(flat.kept.shape, -1)
+    slots[flat.kept] = torch.arange(flat.num_kept)
+    step = torch.arange(in_blocks) * flat.block_shape[1] // STEP_CHANNELS
+    place = (step * taps + torch.arange(taps)[:, None]) * in_blocks + torch.arange(in_blocks)
+    return slots.flatten(1)[:, place.flatten().argsort()]
+
+
+def select_tiles(packed: PackedWeight, tiles: Tensor) -> PackedWeight:
+    """These tiles, in this order; `row_ptr` stays."""
+    tiles = tiles.to(packed.values.device)
+    return packed._replace(values=packed.values[tiles], tile_index=packed.tile_index[:, tiles].contiguous())
 
 
 def _fill_rows(packed: PackedWeight, ends: Tensor, multiple: int) -> tuple[PackedWeight, Tensor]:

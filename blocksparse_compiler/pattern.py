@@ -188,7 +188,8 @@ class BlockPattern:
         (bh, bw), (og, cg) = self.block_shape, self.group_channels
         rows, cols = _ceil_div(og, bh), _ceil_div(cg, bw)
         w = weight.reshape(self.groups, og, cg, self.num_taps)
-        w = torch.nn.functional.pad(w, (0, 0, 0, cols * bw - cg, 0, rows * bh - og))
+        if og % bh or cg % bw:
+            w = torch.nn.functional.pad(w, (0, 0, 0, cols * bw - cg, 0, rows * bh - og))
         w = w.reshape(self.groups, rows, bh, cols, bw, self.num_taps)
         return w.permute(0, 1, 5, 3, 2, 4).reshape(self.groups * rows, self.num_taps, cols, bh, bw)
 
@@ -224,7 +225,15 @@ class BlockPattern:
 
     def retile(self, block_shape: BlockShape) -> BlockPattern:
         """The smallest pattern of another block shape that covers this one (coarser or finer)."""
-        return BlockPattern.from_weight(self.mask(), block_shape, self.groups)
+        (bh, bw), (height, width) = self.block_shape, check_block_shape(block_shape, "BlockPattern.retile")
+        if height % bh or width % bw:
+            return BlockPattern.from_weight(self.mask(), block_shape, self.groups)
+        # Whole tiles merge: to the grid, a tile is what an element is to a weight.
+        wanted = BlockPattern.full(self.weight_shape, (height, width), self.groups)
+        rows, taps, cols = self.grid_shape
+        grid = self.kept.reshape(rows, taps, cols).transpose(1, 2)
+        merged = BlockPattern.from_weight(grid, (height // bh, width // bw), self.groups)
+        return wanted.with_kept(merged.kept)
 
     def ungroup(self) -> BlockPattern:
         """The same weight as a block-diagonal pattern with one group.

@@ -180,7 +180,7 @@ class _Layer:
             curve = self.seconds(shape, _FINE)
             limit = cost.MARGIN * self.dense
             speedups[shape] = {
-                d: self.dense / s if s < limit else 1.0
+                d: float(self.dense / s) if s < limit else 1.0
                 for d, s in zip(
                     densities, [math.inf] * len(densities) if found is None else found, strict=True
                 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .gpu_devices import GpuSpec
 from .plan import Decision, Plan
 from .variants import VARIANTS
 
@@ -34,6 +35,22 @@ def kernel_sources(model: torch.nn.Module, inputs: tuple[Any, ...], plan: Plan) 
     with torch.no_grad(), inductor_api.tracing(None), inductor_api.capture_sources() as captured:
         blocksparse(graph, list(_tensors(inputs)), options={"plan": plan})
     return assign([d for d in plan if not d.is_dense], "\n".join(captured))
+
+
+def gpu_sources(
+    model: torch.nn.Module, inputs: tuple[Any, ...], plan: Plan, device: GpuSpec
+) -> dict[str, str]:
+    """Fused Triton source by layer name, for the layers of `plan` on a block-sparse kernel; needs no GPU.
+
+    Layers of the same shape, number of tiles and epilogue share a source.
+    """
+    if all(decision.is_dense for decision in plan):
+        return {}
+    from .gpu_program import gpu_program
+
+    _, program = gpu_program(model, inputs, device, plan=plan)
+    found = {layer: kernel.source for kernel in program.templates for layer in kernel.layers}
+    return {d.site.name: found[d.site.name] for d in plan if d.site.name in found}
 
 
 def assign(decisions: Iterable[Decision], generated: str) -> dict[str, str]:

@@ -6,12 +6,18 @@ this table into code, the cost model, the tests and the benchmarks run over its 
 
 from __future__ import annotations
 
-from . import cpu_variants, gpu_variants
+from . import box_variant, cpu_variants, gpu_variants, pair_variant
 from .kernel_variant import KernelConfig, KernelVariant, Parameters, output_pixels
 from .pattern import BlockShape
 
 VARIANTS: dict[str, KernelVariant] = {
-    variant.name: variant for variant in (*cpu_variants.CPU_VARIANTS, *gpu_variants.GPU_VARIANTS)
+    variant.name: variant
+    for variant in (
+        *cpu_variants.CPU_VARIANTS,
+        *gpu_variants.GPU_VARIANTS,
+        box_variant.BOX,
+        pair_variant.PAIR,
+    )
 }
 
 

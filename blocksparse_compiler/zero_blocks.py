@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -33,9 +34,12 @@ def zero_block_patterns(weight: Tensor, groups: int, shapes: Sequence[BlockShape
 
     Shapes larger than a group's weight are left out.
     """
-    if weight.ne(0).all():
-        return []
     out_channels, in_channels = weight.shape[0] // groups, weight.shape[1]
     fitting = [(bh, bw) for bh, bw in shapes if bh <= out_channels and bw <= in_channels]
-    patterns = (BlockPattern.from_weight(weight, shape, groups) for shape in fitting)
-    return [pattern for pattern in patterns if pattern.num_kept < pattern.kept.numel()]
+    if not fitting:
+        return []
+    # The weight is read once, in tiles of which all the others are made.
+    finest = math.gcd(*(bh for bh, _ in fitting)), math.gcd(*(bw for _, bw in fitting))
+    fine = BlockPattern.from_weight(weight, finest, groups)
+    patterns = [fine.retile(shape) for shape in fitting] if not fine.kept.all() else []
+    return [pattern for pattern in patterns if not pattern.kept.all()]

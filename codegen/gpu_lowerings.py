@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 
 from ..packing import STEP_CHANNELS
 from ..variants import VARIANTS, KernelConfig
-from .gpu_descriptor import MAX_RANK, has_phases, rank
+from .gpu_boxes import box_sides, pixels_through_pointers
 from .gpu_template import Axis, KernelText, size_of, stride_of, template
 from .inductor_api import V, ir, lowerings, ops
 from .lowering_errors import Unsupported
 from .tiling import is_static
 
-log = logging.getLogger(__name__)
 _AXES = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
 
 
@@ -140,14 +138,13 @@ class _Weight:
         parameters = self.config.parameters
         inputs = [ir.ExternKernel.realize_input(t) for t in (x, *self.operands)]
         variant, constants, split = self.config.variant, {}, 1
-        if variant == "triton_box":
-            constants = {} if flat else self._boxes(axes)
-            reason = _no_descriptor(inputs[0], axes, flat=flat)
-            if constants and math.prod(constants.values()) != parameters["pixels"]:
-                reason = f"boxes of {constants} do not hold {parameters['pixels']} pixels"
-            if reason is not None:
-                log.info("activations are read through pointers: %s", reason)
-                variant, constants = "triton_gather", {}
+        boxes, pixels = None, int(parameters["pixels"])
+        if variant == "triton_box" or parameters.get("box", 0):
+            boxes = box_sides(inputs[0], axes, parameters, flat=flat)
+            constants = boxes or {}
+            if boxes is None:
+                pixels = min(pixels, pixels_through_pointers(parameters, self.bh))
+                variant = "triton_gather" if variant == "triton_box" else variant
         if variant == "triton_decode":
             if axes or not is_static(shape[0]) or shape[0] > parameters["pixels"]:
                 raise Unsupported(f"output of shape {shape}: for at most {parameters['pixels']} rows")
@@ -162,7 +159,7 @@ class _Weight:
             split=split,
             precision=str(parameters.get("precision", "")),
             swapped=variant == "triton_gather" and bool(parameters.get("swapped", 0)),
-            boxed=variant == "triton_box",
+            boxed=boxes is not None,
         )
         step = int(parameters.get("step", 1))
         if step * self.bw > max(self.bw, STEP_CHANNELS):
@@ -178,7 +175,7 @@ class _Weight:
             else ir.FixedLayout(x.get_device(), torch.float32, [split, *shape]),
             num_stages=int(parameters["stages"]),
             num_warps=int(parameters["warps"]),
-            PIXELS=int(parameters["pixels"]),
+            PIXELS=pixels,
             BH=self.bh,
             BW=self.bw,
             STEP=step,
@@ -193,7 +190,7 @@ class _Weight:
         return out if split == 1 else self._sum_up(out, x.get_dtype())
 
     def _sum_up(self, parts: Any, dtype: torch.dtype) -> Any:
-        """The sum of `parts` `[split, rows, O]` and the bias: pointwise, so that it fuses with what follows."""
+        """The sum of `parts` `[split, rows, O]`, and the bias; pointwise, so that it fuses."""
         split, *shape = parts.get_size()
         load = parts.make_loader()
         load_bias = None if self.bias is None else self.bias.make_loader()
@@ -215,34 +212,13 @@ class _Weight:
             return lowerings[torch.ops.aten.full.default](
                 shape, 0, dtype=x.get_dtype(), device=x.get_device()
             )
-        bias = lowerings[torch.ops.prims.convert_element_type.default](self.bias, x.get_dtype())
-        return lowerings[torch.ops.aten.expand.default](bias, shape)
-
-    def _boxes(self, axes: tuple[Axis, ...]) -> dict[str, int]:
-        """Sides of the box of pixels. A 2-D kernel that runs a 1-D layer has boxes of one row."""
-        names = ["n", *(axis.name for axis in axes)]
-        return {f"BOX_{name.upper()}": int(self.config.parameters.get(f"box_{name}", 1)) for name in names}
-
-
-def _no_descriptor(x: Any, axes: tuple[Axis, ...], *, flat: bool) -> str | None:
-    """Why a tensor descriptor cannot describe this input; None if it can."""
-    if not flat and rank(axes) > MAX_RANK:
-        return f"strided taps along {len(axes)} dimensions"
-    item, layout = x.get_dtype().itemsize, x.get_layout()
-    strides = [s for s, size in zip(layout.stride, layout.size, strict=True) if size != 1]
-    strides.remove(1)
-    # TMA copies 16 bytes at a time.
-    starts = [layout.offset, *strides, x.get_size()[1]]
-    if x.get_name() in V.graph.unaligned_buffers or isinstance(layout, ir.NonOwningLayout):
-        return "where it starts is unknown"
-    if not all(V.graph.sizevars.statically_known_multiple_of(s * item, 16) for s in starts):
-        return f"pixels do not start at multiples of 16 bytes (strides {layout.stride})"
-    for axis, size in zip(axes, x.get_size()[2:], strict=True):
-        if flat or axis.stride == 1:
-            continue
-        if not is_static(size) or size < axis.stride or (has_phases(axis) and size % axis.stride):
-            return f"{size} pixels are no multiple of the stride {axis.stride}"
-    return None
+        load, dtype = self.bias.make_loader(), x.get_dtype()
+        return ir.Pointwise.create(
+            device=x.get_device(),
+            dtype=dtype,
+            inner_fn=lambda index: ops.to_dtype(load([index[-1]]), dtype),
+            ranges=shape,
+        )
 
 
 def _reshape(x: Any, sizes: list[Any]) -> Any:

@@ -182,6 +182,7 @@ def pretend_device(
 
     interface = _device_interface(device_interface.CudaInterface, properties, arch)
     device_interface.get_interface_for_device("cpu")  # registers the real ones first
+    onednn = vars(torch._C)["_ConvBackend"].Mkldnn
     patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "get_device_capability", lambda device=None: capability),
         (torch.cuda, "get_device_properties", lambda device=None: properties),
@@ -189,7 +190,7 @@ def pretend_device(
         (torch.cuda, "current_device", lambda: 0),
         (torch.version, "hip", "6.4.0" if hip else None),
         # cuDNN's rule for output layouts is oneDNN's; a CPU-only torch knows no cuDNN.
-        (torch._C, "_select_conv_backend", lambda *args, **kwargs: torch._C._ConvBackend.Mkldnn),
+        (torch._C, "_select_conv_backend", lambda *args, **kwargs: onednn),
     ]
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_device)
@@ -263,7 +264,7 @@ def decompose(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
                 run, tuple(inputs), trace_joint=False, decompositions=decompositions
             )
         assert isinstance(graph, GraphModule)
-        outputs = graph.graph.output_node()
+        outputs: Any = graph.graph.output_node()
         # Layout optimization must not change what the caller gets.
         values = [node.meta["val"] for node in outputs.args[0]]
         outputs.meta["user_visible_output_idxs"] = list(range(len(values)))

@@ -34,6 +34,7 @@ class LiftedGraph:
         inputs: names of the graph's own inputs.
         constants: value of each other input, by name.
         layers: qualified name of the layer that reads a constant, by the constant's name.
+        tiles: names of the constants that are the tiles of a block-sparse layer.
         unflatten: from the flat tuple to what the original graph returns.
     """
 
@@ -42,11 +43,12 @@ class LiftedGraph:
     inputs: tuple[str, ...]
     constants: dict[str, Tensor]
     layers: dict[str, str]
+    tiles: frozenset[str]
     unflatten: Callable[[Sequence[Any]], Any]
 
     @property
     def fake_mode(self) -> Any:
-        return next(value.fake_mode for value in self.fake_inputs if isinstance(value, Tensor))
+        return inductor_api.fake_mode_for(self.fake_inputs)
 
 
 def lift_constants(gm: GraphModule, example_inputs: Sequence[Any] | None = None) -> LiftedGraph:
@@ -61,6 +63,7 @@ def lift_constants(gm: GraphModule, example_inputs: Sequence[Any] | None = None)
     fakes = [_fake(fake_mode, _recorded(node), leaf) for node, leaf in zip(own, leaves, strict=True)]
     constants: dict[str, Tensor] = {}
     layers: dict[str, str] = {}
+    tiles = set()
     lifted: dict[str, Node] = {}
     last = own[-1] if own else None
     taken = {node.name for node in own}
@@ -76,6 +79,8 @@ def lift_constants(gm: GraphModule, example_inputs: Sequence[Any] | None = None)
             constants[name] = value.detach()
             if layer:
                 layers[name] = layer
+            if role == "values":
+                tiles.add(name)
             last.meta["val"] = fake_mode.from_tensor(value.detach(), static_shapes=True)
             fakes.append(last.meta["val"])
         node.replace_all_uses_with(lifted[node.target])
@@ -92,7 +97,7 @@ def lift_constants(gm: GraphModule, example_inputs: Sequence[Any] | None = None)
                 "Move the model to the CPU.",
             )
     names = tuple(node.target for node in own)
-    return LiftedGraph(gm, tuple(fakes), names, constants, layers, unflatten)
+    return LiftedGraph(gm, tuple(fakes), names, constants, layers, frozenset(tiles), unflatten)
 
 
 @torch.no_grad()
@@ -139,7 +144,7 @@ def _replace_folded(graph: GraphModule, values: dict[Node, Any], lifted: LiftedG
         last.meta["val"] = lifted.fake_mode.from_tensor(values[node], static_shapes=True)
         values[last] = values[node]
         if source in lifted.layers:
-            lifted.layers[last.target] = lifted.layers[source]
+            lifted.layers[last.name] = lifted.layers[source]
         for reader in readers:
             reader.replace_input_with(node, last)
     graph.graph.eliminate_dead_code()

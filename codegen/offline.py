@@ -12,23 +12,24 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
 from ..errors import LayerError
 from ..gpu_devices import GpuSpec
 from . import inductor_api, lowerings
+from .fused_nodes import computed_nodes
 from .lift_constants import LiftedGraph, fold_constants, lift_constants
 from .mock_gpu import GpuTarget, gpu_target, mock_gpu
 from .triton_kernel import TritonKernel
-from .wrapper_text import KernelText, extern_calls, kernel_definition, read_kernels
+from .wrapper_text import extern_calls, kernel_definition, read_kernels
 
 _DEVICE = torch.device("cuda", 0)
 
@@ -79,7 +80,7 @@ def generate(
                 constants[name] = constants[name].contiguous(memory_format=torch.channels_last)
                 inputs[names.index(name)] = inductor_api.fake_on(_DEVICE, constants[name], fake_mode)
         source = inductor_api.generate_code(graph, fake_mode, inputs, options)
-    return _program(source, found, lifted, names, constants)
+    return _program(source, found, graph.graph, lifted, names, constants)
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,24 @@ def _convolution_weights(graph: GraphModule) -> set[str]:
 
 
 def _program(
-    source: str, target: GpuTarget, lifted: LiftedGraph, names: Sequence[str], constants: dict[str, Tensor]
+    source: str,
+    target: GpuTarget,
+    graph: Graph,
+    lifted: LiftedGraph,
+    names: Sequence[str],
+    constants: dict[str, Tensor],
 ) -> OfflineProgram:
     layers = {name: lifted.layers[name] for name in constants if name in lifted.layers}
     externs = extern_calls(source)
-    kernels, seen = [], set[str]()
+    kernels = []
     for text in read_kernels(source):
-        arguments = dict.fromkeys(argument for call in text.calls for argument in call)
-        owners = dict.fromkeys(layers[name] for name in arguments if name in layers)
-        computed = _computed(text, seen, externs)
-        nodes, ops = zip(*computed, strict=True) if computed else ((), ())
-        kernels.append(TritonKernel(text.name, text.text, target, nodes, ops, tuple(owners), text.calls))
+        arguments = list(dict.fromkeys(argument for call in text.calls for argument in call))
+        # An epilogue may read a dense layer's bias: the layers of a kernel are those whose tiles it reads.
+        read = [name for name in arguments if name in lifted.tiles] or arguments
+        owners = tuple(dict.fromkeys(layers[name] for name in read if name in layers))
+        nodes = computed_nodes(graph, text.nodes, arguments, externs)
+        fused, ops = tuple(node.name for node in nodes), tuple(str(node.target) for node in nodes)
+        kernels.append(TritonKernel(text.name, text.text, target, fused, ops, owners, text.calls))
     return OfflineProgram(
         source,
         target,
@@ -181,19 +189,6 @@ def _program(
         tuple(names),
         lifted.unflatten,
     )
-
-
-def _computed(text: KernelText, seen: set[str], externs: Sequence[str]) -> list[tuple[str, str]]:
-    """The (node, operator) pairs that a kernel computes: Inductor also lists what its inputs come from.
-
-    `seen` holds the nodes of earlier kernels, and takes in those of this one.
-    """
-    pairs = list(zip(text.nodes, text.ops, strict=True))
-    new = [
-        (n, op) for n, op in pairs if n not in seen and op.split(".")[-2] not in externs and op not in externs
-    ]
-    seen.update(text.nodes)
-    return new or pairs
 
 
 # ---- running -------------------------------------------------------------------------------------------
@@ -226,7 +221,7 @@ def _is_for_device(statement: ast.stmt) -> bool:
 
 
 @contextlib.contextmanager
-def _without_device() -> Iterable[None]:  # type: ignore[misc]
+def _without_device() -> Iterator[None]:
     guard = lambda index: contextlib.nullcontext()  # noqa: E731
     with (
         mock.patch.object(torch.cuda, "_DeviceGuard", guard),

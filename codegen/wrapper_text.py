@@ -1,4 +1,4 @@
-"""Reads Inductor's Python wrapper: the Triton kernels in it, what they fuse, how they are called."""
+"""Reads Inductor's Python wrapper: the Triton kernels in it, what they come from, how they are called."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import re
 from dataclasses import dataclass
 
-_OPS = re.compile(r"^#\s+%(\w+) .*?= call_function\[target=(?:torch\.ops\.)?([\w.]+)\]", re.MULTILINE)
+_NODES = re.compile(r"^#\s+%(\w+) .*?= call_function\[", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,13 @@ class KernelText:
     Args:
         name: its function, and its variable in the wrapper.
         text: source of the module that Inductor would compile it from.
-        nodes, ops: the FX nodes it computes, and their operators (`aten.relu.default`), in graph order.
+        nodes: names of the FX nodes that it comes from.
         calls: for each launch, the source of its arguments (buffers, sizes, grid).
     """
 
     name: str
     text: str
     nodes: tuple[str, ...]
-    ops: tuple[str, ...]
     calls: tuple[tuple[str, ...], ...]
 
 
@@ -37,9 +36,8 @@ def read_kernels(wrapper: str) -> tuple[KernelText, ...]:
         text = kernel_definition(statement)
         if text is not None:
             name = statement.targets[0].id  # type: ignore[attr-defined]
-            fused = _OPS.findall(_comment_above(lines, statement.lineno - 1))
-            nodes, ops = zip(*fused, strict=True) if fused else ((), ())
-            found.append(KernelText(name, text, nodes, ops, tuple(calls.get(name, ()))))
+            nodes = tuple(_NODES.findall(_comment_above(lines, statement.lineno - 1)))
+            found.append(KernelText(name, text, nodes, tuple(calls.get(name, ()))))
     return tuple(found)
 
 

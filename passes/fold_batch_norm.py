@@ -54,8 +54,7 @@ def _fold(gm: GraphModule, layer: LayerCall, norm: NormCall, values: StaticValue
         bias = bias + values.get(layer.bias).double() * scale
     if norm.bias is not None:
         bias = bias + values.get(norm.bias).double()
-    folded = (weight.double() * _per_output_channel(scale, layer, weight)).to(weight.dtype)
-    folded = folded.masked_fill(weight == 0, 0)  # keeps -0.0 and 0 * inf from filling a zero tile
+    folded = _scaled(weight, _per_output_channel(scale, layer, weight))
     if layer.spatial_dims and weight.is_contiguous(memory_format=torch.channels_last) and weight.dim() == 4:
         folded = folded.contiguous(memory_format=torch.channels_last)
 
@@ -66,6 +65,19 @@ def _fold(gm: GraphModule, layer: LayerCall, norm: NormCall, values: StaticValue
     norm.node.replace_all_uses_with(layer.node)
     gm.graph.erase_node(norm.node)
     erase_unused(gm, (layer.weight, layer.bias, norm.mean, norm.var, norm.weight, norm.bias))
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> Tensor:
+    """`weight * scale`, in double.
+
+    A few rows at a time: the first touch of large temporaries would cost more than the arithmetic.
+    """
+    scaled = torch.empty_like(weight)
+    rows = max(1, 2**16 * len(weight) // max(1, weight.numel()))
+    for out, part, factor in zip(scaled.split(rows), weight.split(rows), scale.split(rows), strict=True):
+        out.copy_(part * factor)
+        out.masked_fill_(part == 0, 0)  # keeps -0.0 and 0 * inf from filling a zero tile
+    return scaled
 
 
 def _per_output_channel(scale: Tensor, layer: LayerCall, weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from blocksparse_compiler import BlockPattern, BlockSparseWeight
 from blocksparse_compiler.errors import PatternError
 from blocksparse_compiler.packing import pack_weight, unpack_weight
 from blocksparse_compiler.pattern import gather_tiles, scatter_tiles
+from blocksparse_compiler.zero_blocks import zero_block_patterns
 
 
 @st.composite
@@ -75,6 +76,26 @@ def test_retile_covers_and_is_smallest(pattern, bh, bw):
     assert bool((other.mask() | ~pattern.mask()).all())
     tiles = other.to_tiles(pattern.mask()).flatten(3).any(-1)
     assert torch.equal(tiles, other.kept)
+
+
+@many
+@given(patterns(), st.integers(1, 4), st.integers(1, 4))
+def test_merging_whole_tiles_finds_what_the_weight_shows(pattern, rows, cols):
+    (bh, bw), (og, cg) = pattern.block_shape, pattern.group_channels
+    shape = (bh * min(rows, og // bh), bw * min(cols, cg // bw))
+    assert pattern.retile(shape) == BlockPattern.from_weight(pattern.mask(), shape, pattern.groups)
+    with pytest.raises(PatternError, match="no larger than a group"):
+        pattern.retile((bh * (og // bh + 1), bw))
+
+
+@many
+@given(patterns(groups=(1, 2)))
+def test_patterns_of_several_shapes_are_those_of_each(pattern):
+    weight, (og, cg) = pattern.apply(torch.randn(pattern.weight_shape).abs() + 1), pattern.group_channels
+    shapes = [(2, 2), (4, 2), (6, 3), pattern.block_shape, (1, cg), (og, 1), (og + 1, 1)]
+    each = [BlockPattern.from_weight(weight, s, pattern.groups) for s in shapes if s[0] <= og and s[1] <= cg]
+    found = zero_block_patterns(weight, pattern.groups, shapes)
+    assert found == [p for p in each if not p.kept.all()]
 
 
 @many

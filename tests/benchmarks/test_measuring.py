@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import baselines, layers, pictures, readme, report, shapes, timing, zoo
+from benchmarks import baselines, layers, masks, pictures, readme, report, shapes, timing, zoo
 from blocksparse_compiler import busy
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +105,7 @@ def test_torch_bsr_computes_the_layer() -> None:
 
 @pytest.mark.parametrize(("density", "blocks"), [(1.0, 8), (0.5, 4), (0.25, 2), (0.01, 1)])
 def test_random_mask_keeps_whole_blocks_on_all_taps(density: float, blocks: int) -> None:
-    mask = layers.random_mask(torch.empty(64, 32, 3, 3), (16, 16), density)
+    mask = masks.random_mask(torch.empty(64, 32, 3, 3), (16, 16), density)
     assert int(mask.sum()) == blocks * 16 * 16 * 9
     assert bool((mask == mask[:, :, :1, :1]).all())
 

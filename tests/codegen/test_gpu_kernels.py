@@ -1,17 +1,15 @@
-"""The generated, fused Triton kernels, run by Triton's interpreter, against plain torch in float64."""
+"""The generated Triton kernels, run by Triton's interpreter, against plain torch in float64."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-from gpu_cases import (
-    BFLOAT,
-    FLOAT,
-    HALF,
-    GpuCase,
-    check,
-)
+from gpu_cases import BFLOAT, FLOAT, HALF, GpuCase, check
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from blocksparse_compiler.variants import VARIANTS
 
 pytest.importorskip("triton")
 
@@ -30,7 +28,7 @@ GEOMETRIES = [
     GpuCase((1, 16, 4, 4), 16, (3, 3), padding=(6, 6, 6, 6), dilation=(6, 6)),
     GpuCase((1, 16, 5, 9), 16, (1, 3), padding=(0, 0, 2, 0)),
     GpuCase((2, 16, 9, 3), 16, (3, 1), padding=(1, 1, 0, 0)),
-    GpuCase((1, 16, 4, 5), 16, (1, 1), padding=(1, 0, 2, 1)),
+    GpuCase((1, 16, 4, 5), 16, (1, 1), padding=(1, 0, 2, 1), density=1.0),
     GpuCase((1, 16, 9, 9), 16, (7, 7), padding=(3, 3, 3, 3), density=0.2),
     GpuCase((1, 16, 9, 9), 16, (3, 2), stride=(3, 2), dilation=(1, 3)),
     # Ragged channels: not a multiple of the block, of 16 bytes, or of two.
@@ -41,6 +39,7 @@ GEOMETRIES = [
     GpuCase((1, 64, 5, 5), 64, (3, 3), padding=ONE, empty_rows=(0, 2)),
     GpuCase((1, 32, 5, 5), 48, (3, 3), padding=ONE, density=0.0),
     GpuCase((1, 32, 5, 5), 48, (1, 1), density=0.0, bias=False),
+    GpuCase((2, 32, 7), 48, (1,), density=0.0),
     GpuCase((2, 32, 5, 5), 48, (1, 1), density=1.0),
     # Groups are block-diagonal.
     GpuCase((1, 64, 5, 5), 64, (3, 3), (16, 16), padding=ONE, groups=4),
@@ -96,3 +95,64 @@ DECODE = [
 def test_decode(dtype):
     few = {"pixels": 16}
     check([replace(case, dtype=dtype, parameters={**few, **case.parameters}) for case in DECODE])
+
+
+@st.composite
+def cases(draw):
+    size, small = st.integers(1, 9), st.integers(1, 3)
+    block = draw(st.sampled_from([(16, 16), (32, 16), (32, 32), (16, 32)]))
+    groups = draw(st.sampled_from([1, 1, 1, 2]))
+    if groups == 1:
+        channels = draw(st.integers(block[1], 70)), draw(st.integers(block[0], 70))
+    else:
+        channels = groups * block[1] * draw(st.integers(1, 2)), groups * block[0]
+    common = {
+        "out_channels": channels[1],
+        "block": block,
+        "groups": groups,
+        "dtype": draw(st.sampled_from([HALF, BFLOAT, FLOAT])),
+        "bias": draw(st.booleans()),
+        "density": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
+        "seed": draw(st.integers(0, 2**16)),
+        "parameters": {
+            "pixels": draw(st.sampled_from([16, 32, 64])),
+            "step": draw(st.sampled_from([1, 2, 64 // block[1]])),
+            "swapped": draw(st.integers(0, 1)),
+        },
+    }
+    dims = draw(st.sampled_from([0, 1, 2, 2, 2, 3]))
+    if dims == 0:
+        rows = tuple(draw(st.lists(size, min_size=1, max_size=2)))
+        common["groups"], common["out_channels"] = 1, max(block[0], channels[1])
+        if draw(st.booleans()) and rows[0] * rows[-1] <= 16:
+            split = draw(small)
+            common |= {"variant": "triton_decode", "parameters": {"pixels": 16, "split": split}}
+        return GpuCase((*rows, channels[0]), **common)
+    kernel = tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in range(dims))
+    dilation = tuple(draw(small) for _ in range(dims))
+    padding = tuple(draw(st.integers(0, 2)) for _ in range(2 * dims))
+    image = tuple(
+        max(draw(size), dilation[i] * (kernel[i] - 1) + 1 - padding[2 * i] - padding[2 * i + 1])
+        for i in range(dims)
+    )
+    return GpuCase(
+        (draw(small), channels[0], *image),
+        kernel_size=kernel,
+        stride=tuple(draw(small) for _ in range(dims)),
+        padding=padding,
+        dilation=dilation,
+        channels_last=draw(st.integers(0, 4)) > 0,
+        **common,
+    )
+
+
+@settings(deadline=None, max_examples=3, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(st.lists(cases(), min_size=10, max_size=10))
+def test_random_shapes(drawn):
+    check(drawn)
+
+
+def test_every_variant_of_the_table_is_tested():
+    """Here; in `test_gpu_box.py`; in `test_gpu_pair.py`."""
+    names = {name for name, variant in VARIANTS.items() if variant.device == "cuda"}
+    assert names == {"triton_gather", "triton_decode", "triton_box", "triton_pair"}

@@ -128,9 +128,17 @@ def test_network_in_one_kernel_per_layer(dtype, channels_last):
     others = [kernel for kernel in program.kernels if not kernel.is_template]
     # The mean, with the ReLU before it; a contiguous input is laid out channels-last first.
     assert len(others) == (1 if channels_last else 2) and "aten.mean.dim" in others[-1].ops
-    for name in ("conv1", "fc"):
-        source = program.kernel(name).source
-        assert "tl.dot(" in source and "maximum(" in source  # the ReLU
+    conv, relu = "blocksparse.conv.default", "aten.relu.default"
+    fused = {
+        "conv1": [conv, "aten.add.Tensor", relu],
+        "conv2": [conv],
+        "fc": ["blocksparse.linear.default", relu],
+    }
+    for name, ops in fused.items():
+        kernel = program.kernel(name)
+        assert list(kernel.ops) == ops and "tl.dot(" in kernel.source
+        assert ("maximum(" in kernel.source) == (relu in ops)
+    assert relu in others[-1].ops and conv not in others[-1].ops
     reference = copy.deepcopy(model).double()(x.double())
     compare(program.run(x), reference, 1e-6 if dtype is torch.float32 else 2e-2)
 
@@ -152,7 +160,9 @@ def test_layers_compile_for_every_target(target):
         compiled = kernel.compile()
         resources = compiled.resources
         assert resources.tensor_core in MATRIX_INSTRUCTIONS[target] and resources.tensor_core_count
-        assert resources.spill_bytes == 0 and 16 <= resources.registers <= 256
+        assert resources.spill_bytes == 0 and 16 <= resources.registers <= (
+            255 if program.target.is_nvidia else 512
+        )
         assert resources.num_warps == kernel.num_warps
         assert 0 < resources.shared_bytes <= program.target.shared_memory_bytes
         assert kernel.name in compiled.assembly and compiled.binary.startswith(b"\x7fELF")

@@ -13,7 +13,8 @@ import torch
 
 from blocksparse_compiler import devices
 from blocksparse_compiler.errors import OptionError
-from blocksparse_compiler.gpu_devices import NUMBERS, PRECISIONS, SPECS, GpuSpec, spec_of
+from blocksparse_compiler.gpu_devices import NUMBERS, SPECS, GpuSpec, spec_of
+from blocksparse_compiler.gpu_spec import PRECISIONS
 
 # Field: (lowest, highest) over every GPU that can run this package; a figure outside has a wrong unit.
 RANGES = {

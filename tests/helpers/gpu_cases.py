@@ -84,7 +84,7 @@ class GpuLayer(nn.Module):
         pattern = BlockPattern.full(shape, case.block, case.groups)
         kept = torch.rand(pattern.grid_shape, generator=random) < case.density
         kept[list(case.empty_rows)] = False
-        pattern = pattern.with_kept(kept)
+        self.pattern = pattern = pattern.with_kept(kept)
         self.weight = pattern.apply(weight).to(case.dtype)
         bias = torch.randn(case.out_channels, generator=random).to(case.bias_dtype or case.dtype)
         for name, tensor in self.packed(pattern)._asdict().items():
