@@ -61,15 +61,20 @@ class FixedWeights:
 
     def get(self, node: Node) -> FixedWeight | None:
         """None if the weight is made of anything but constants and trained tensors, or not polynomially."""
-        generator = torch.Generator().manual_seed(0)
         inputs = self._inputs(node)
         if inputs is None:
             return None
+        if inputs == [node]:  # a plain parameter
+            return FixedWeight(node, torch.ones(()).expand(self._trained[node].shape), (node,))
+        generator = torch.Generator().manual_seed(0)
         probes = {
             n: torch.rand(self._trained[n].shape, generator=generator).add_(1).to(self._trained[n].dtype)
             for n in inputs
         }
-        return FixedWeight(node, self._evaluate(node, probes), tuple(inputs))
+        try:
+            return FixedWeight(node, self._evaluate(node, probes), tuple(inputs))
+        except NotStatic:  # computed in other precision than it says
+            return None
 
     def holds_tiles(self, weight: FixedWeight, pattern: BlockPattern) -> bool:
         """Whether the trained tensor of a weight is `[n, bh, bw]`, the kept tiles of this very pattern."""
@@ -140,11 +145,13 @@ def _name(node: Node) -> str:
 
 
 def _run(node: Node, values: Mapping[Node, Any]) -> Any:
-    args, kwargs = (map_arg(a, lambda n: values[n]) for a in (node.args, node.kwargs))
+    args: Any = map_arg(node.args, lambda n: values[n])
+    kwargs: Any = map_arg(node.kwargs, lambda n: values[n])
+    target: Any = node.target
     if node.op == "call_method":
-        value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        value = getattr(args[0], target)(*args[1:], **kwargs)
     else:
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = target(*args, **kwargs)
     traced = tensor_meta(node)
     if isinstance(value, Tensor) and traced is not None and value.dtype != traced.dtype:
         raise NotStatic
