@@ -70,7 +70,7 @@ class DeviceSamples:
         self._next = self._clock() + PERIOD
 
     def _read(self) -> Tensor:
-        """On the device: the bytes of the samples (by one kernel per hundred tensors), or a sum per tensor."""
+        """On the device: the bytes of the samples, by few kernels, or a sum per tensor."""
         if self._full:
             return torch.stack([view.sum(dtype=torch.int64) for view in self._views])
         return torch.cat([torch.cat(group).view(torch.uint8) for group in self._groups])
