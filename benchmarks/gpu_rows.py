@@ -171,7 +171,7 @@ def _row(runner: Runner, plan: CellPlan, dense: Mapping[str, Any], timings: Mapp
         "best_dense": best_dense,
         "dense_tflops": cell.dense_flops / dense_ms / 1e9,
         "libraries": libraries,
-        "auto": auto.label if chosen and auto else DENSE,
+        "auto": DENSE if auto is None else auto.label if chosen else "failed",
         "why": plan.decision.reason,
         "estimates_ms": {k: 1e3 * v for k, v in plan.decision.estimates.items()},
         "candidates": own,
