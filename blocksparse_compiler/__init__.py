@@ -12,26 +12,32 @@ from .passes.prune_blocks import prune_blocks
 from .pattern import BlockPattern, BlockSparseWeight
 from .plan import Decision, Plan, Site
 from .planning import plan
+from .ramanujan import RamanujanBlocks
 from .recommend import recommend_block_shape
 from .recommendation import Recommendation
 from .report import SparsityReport, sparsity_report
 from .scales import freeze_scales, param_groups, proximal_step, scale_penalty
+from .schedule import SparsitySchedule
 from .schemes import PeriodicKernels, RandomBlocks, StructuredBand
+from .sparsifier import BlockSparsifier
 from .trace import trace
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockPattern",
     "BlockSparseWeight",
+    "BlockSparsifier",
     "Decision",
     "Explanation",
     "Inspection",
     "PeriodicKernels",
     "Plan",
+    "RamanujanBlocks",
     "RandomBlocks",
     "Recommendation",
     "Site",
     "SparsityReport",
+    "SparsitySchedule",
     "StructuredBand",
     "apply_pattern",
     "explain",

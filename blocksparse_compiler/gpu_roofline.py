@@ -183,7 +183,7 @@ def kernel_cost(
     )
     output = size * _positions(site) * site.out_channels
     partials = 2 * split * 4 * _positions(site) * site.out_channels if split > 1 else 0  # written, read
-    l2 = tiles * float(tile.loaded_bytes(work).sum()) + output + partials
+    l2 = tiles * tile.l2_bytes(work) + output + partials
     streaming = device.dram_bytes_per_second * device.efficiency["dram"]
     activations = size * _input_elements(site) + output
     return _record(

@@ -31,6 +31,7 @@ class GpuSpec(Figures):
         dram_bytes_per_second: peak of the memory.
         shared_bytes_per_block, shared_bytes_per_multiprocessor, shared_bytes_per_clock_per_multiprocessor:
             shared memory (LDS on AMD).
+        l1_bytes_per_multiprocessor: shared memory included, where it is part of the same storage.
         registers_per_multiprocessor, threads_per_multiprocessor, warp_threads: limits of occupancy;
             registers of 32 bits.
         load_latency_seconds: from asking for a tile that is in L2 to using it, under load; twice that from
@@ -41,7 +42,8 @@ class GpuSpec(Figures):
         efficiency: fractions. Of peak: `"dense/<geometry>"` for cuDNN and cuBLAS (`"dense/grouped"` for
             groups of 8 channels), `"dense/template"` for Inductor's own templates, `"<variant>"` for our
             kernels away from memory limits. Of the memory's rate: `"dense/few_rows"` for weights in cuBLAS,
-            `"dram"` for all else. Of the L2 rate: `"l2"`.
+            `"dram"` for all else. Of the L2 rate: `"l2"`. `"l1"`, of loads that L1 could serve, those that it
+            does.
         templates: whether dense layers may run on Inductor's own Triton templates, which fuse what follows
             (`max_autotune`); see `as_compiled`.
         sources: where the figures come from, by field name; `"efficiency <name>"` for single fractions.
@@ -64,6 +66,7 @@ class GpuSpec(Figures):
     shared_bytes_per_block: int
     shared_bytes_per_multiprocessor: int
     shared_bytes_per_clock_per_multiprocessor: int
+    l1_bytes_per_multiprocessor: int
     registers_per_multiprocessor: int
     threads_per_multiprocessor: int
     warp_threads: int

@@ -15,22 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .errors import LayerError, OptionError
+from .gates import BlockGate, block_gate_of, block_gates, local_part, whole
 from .pattern import BlockPattern
 
 
-class BlockScale(nn.Module):
+class BlockScale(BlockGate):
     """The scales S of one weight, as a parametrization for `torch.nn.utils.parametrize`.
-
-    Args:
-        full: the pattern of all blocks of the weight `[O, C/groups, *kernel]`.
-        transposed: whether the layer stores its weight as `[C, O/groups, *kernel]`.
 
     Attributes:
         scale: Parameter `[groups * ceil(O/groups/bh), ceil(C/groups/bw)]`, initialised to 1.
     """
+
+    name = "scales"
 
     def __init__(
         self,
@@ -39,55 +37,37 @@ class BlockScale(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__()
-        self.block_shape, self.groups, self.transposed = full.block_shape, full.groups, transposed
-        self.group_channels = full.group_channels
+        super().__init__(full, transposed)
         rows, _, cols = full.grid_shape
         self.scale = nn.Parameter(torch.ones(rows, cols, dtype=dtype, device=device))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective weight, in the layer's own layout."""
         # `scale - scale.detach()` is exactly 0 and carries the whole gradient: straight through the clamp.
-        clamped = self.scale.detach().clamp(0, 1) + (self.scale - self.scale.detach())
+        clamped = self.clamped() + (self.scale - self.scale.detach())
         return weight * self.expand(clamped, weight.dim() - 2).to(weight.dtype)
 
-    def expand(self, per_block: Tensor, spatial_dims: int) -> Tensor:
-        """One value per block → one per channel pair, broadcastable over the layer's weight."""
-        (bh, bw), (og, cg) = self.block_shape, self.group_channels
-        rows, cols = per_block.shape[0] // self.groups, per_block.shape[1]
-        tiles = per_block.reshape(self.groups, rows, 1, cols, 1).expand(-1, -1, bh, -1, bw)
-        channels = tiles.reshape(self.groups, rows * bh, cols * bw)[:, :og, :cg]
-        if self.transposed:
-            channels = channels.transpose(1, 2)
-        return channels.reshape(self.groups * channels.shape[1], channels.shape[2], *[1] * spatial_dims)
+    def clamped(self) -> Tensor:
+        """The factor of each block, without gradient."""
+        return self.scale.detach().clamp(0, 1)
 
     @property
     def kept(self) -> Tensor:
         """bool `[rows, cols]`: the blocks that are not exactly zero."""
-        return self.scale.detach() > 0
-
-    def extra_repr(self) -> str:
-        bh, bw = self.block_shape
-        return f"block={bh}x{bw}, kept={int(self.kept.sum())}/{self.scale.numel()}"
+        return whole(self.scale) > 0
 
 
 def block_scale_of(layer: nn.Module) -> BlockScale | None:
     """The scales on a layer's weight, if it has any."""
-    if parametrize.is_parametrized(layer, "weight"):
-        for parametrization in layer.parametrizations["weight"]:  # type: ignore[index,union-attr]
-            if isinstance(parametrization, BlockScale):
-                return parametrization
-    return None
+    gate = block_gate_of(layer)
+    return gate if isinstance(gate, BlockScale) else None
 
 
 def block_scales(model: nn.Module) -> Iterator[tuple[str, BlockScale]]:
     """(qualified name, scales) of every scaled layer; shared ones once."""
-    seen = set()
-    for name, module in model.named_modules():
-        scale = block_scale_of(module)
-        if scale is not None and scale not in seen:
-            seen.add(scale)
-            yield name or type(module).__name__, scale
+    for name, _, gate in block_gates(model):
+        if isinstance(gate, BlockScale):
+            yield name, gate
 
 
 def scale_penalty(model: nn.Module) -> Tensor:
@@ -119,9 +99,16 @@ def proximal_step(model: nn.Module, threshold: float) -> nn.Module:
         fix = "Use learning_rate * gamma."
         raise OptionError("proximal_step", "a finite threshold >= 0", repr(threshold), fix)
     for block_scale in _scales("proximal_step", model):
-        if block_scale.scale.requires_grad:
-            block_scale.scale.copy_(nn.functional.softshrink(block_scale.scale, threshold))
+        soft_threshold(block_scale, threshold)
     return model
+
+
+@torch.no_grad()
+def soft_threshold(block_scale: BlockScale, threshold: float) -> None:
+    """`S ← sign(S) · max(|S| − threshold, 0)` in place, unless S is frozen."""
+    if block_scale.scale.requires_grad:
+        scale = local_part(block_scale.scale)
+        scale.copy_(nn.functional.softshrink(scale, threshold))
 
 
 def freeze_scales(model: nn.Module) -> nn.Module:

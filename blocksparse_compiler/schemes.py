@@ -56,23 +56,36 @@ class FixedMask(nn.Module):
         return f"kept={int(self.mask.sum())}/{self.mask.numel()}"
 
 
-# Supports of 3x3 kernels, taps numbered row by row (Kundu et al., Pre-defined Sparsity for Low-Complexity
-# Convolutional Neural Networks, IEEE Transactions on Computers 2020).
-SUPPORTS: dict[int, TapSets] = {
-    4: ((0, 1, 3, 4), (1, 2, 4, 5), (3, 4, 6, 7), (4, 5, 7, 8)),
-    2: ((0, 1), (1, 2), (3, 4), (4, 5), (6, 7), (7, 8)),
-    1: tuple((tap,) for tap in range(9)),
-}
+SUPPORTS = (1, 2, 4)
+
+
+def kernel_supports(support: int, kernel_size: tuple[int, ...]) -> TapSets:
+    """All single taps, adjacent pairs, or 2x2 windows of a kernel, row by row; none if there are no such.
+
+    For 3x3 kernels those of Kundu et al., "Pre-defined Sparsity for Low-Complexity Convolutional Neural
+    Networks", IEEE Transactions on Computers 2020: pairs lie in a row. Kernels of other sizes and dimensions
+    are treated alike: pairs and windows extend along the last axes that are longer than one tap.
+    """
+    axes = [axis for axis, size in enumerate(kernel_size) if size > 1][-(support.bit_length() - 1) :]
+    if support == 1:
+        axes = []
+    elif 2 ** len(axes) < support:
+        return ()
+    window = tuple(2 if axis in axes else 1 for axis in range(len(kernel_size)))
+    numbers = torch.arange(math.prod(kernel_size)).reshape(kernel_size)
+    for axis, size in enumerate(window):
+        numbers = numbers.unfold(axis, size, 1)
+    return tuple(tuple(row) for row in numbers.reshape(-1, support).tolist())
 
 
 @dataclass(frozen=True)
 class PeriodicKernels:
-    """pSConv: each 3x3 kernel keeps `support` taps, which ones repeats with the period along both channels.
+    """pSConv: each kernel keeps `support` taps, which ones repeats with the period along both channels.
 
-    With `r = (o + c + 1) mod period`, a kernel keeps all 9 taps if `boosted` and `r == 0`, else those of
-    `SUPPORTS[support][r]`, cycled. `PeriodicKernels(4, 8, boosted=True)` is the paper's PSD4_P8, of density
-    `((P - 1) n + 9) / (9 P)`; without `boosted` it is PS4_P8. The first convolution and all kernels other
-    than 3x3 stay dense.
+    With `r = (o + c + 1) mod period`, a kernel keeps all taps if `boosted` and `r == 0`, else those of
+    `kernel_supports(support, kernel_size)[r]`, cycled. For 3x3 kernels, `PeriodicKernels(4, 8, boosted=True)`
+    is the paper's PSD4_P8, of density `((P - 1) n + 9) / (9 P)`; without `boosted` it is PS4_P8. The first
+    convolution, 1x1 convolutions and linear layers stay dense, and kernels with no such windows, too.
 
     Raises:
         OptionError: if support is not 1, 2 or 4, or period is less than 1.
@@ -90,12 +103,19 @@ class PeriodicKernels:
             raise OptionError("PeriodicKernels", "period >= 1", repr(self.period), "Use for example 8.")
 
     def pattern(self, name: str, weight_shape: tuple[int, ...], groups: int) -> BlockPattern:
-        if weight_shape[2:] != (3, 3):
-            got = "x".join(map(str, weight_shape[2:])) or "a linear layer"
-            raise PatternError(name, "a 3x3 kernel", got, "Exclude this layer.")
+        kernel = weight_shape[2:]
+        supports = kernel_supports(self.support, kernel) if math.prod(kernel) > 1 else ()
+        if not supports:
+            got = "x".join(map(str, kernel)) or "a linear layer"
+            expected = (
+                f"a kernel with windows of {self.support} taps"
+                if math.prod(kernel) > 1
+                else "a kernel larger than 1x1"
+            )
+            raise PatternError(name, expected, got, "Exclude this layer.")
         out, channel = _channels(weight_shape)
         r = (out + channel + 1) % self.period
-        cycle = _tap_masks(SUPPORTS[self.support], 9)
+        cycle = _tap_masks(supports, math.prod(kernel))
         kept = cycle[r % len(cycle)]
         if self.boosted:
             kept = kept | (r == 0)[..., None]

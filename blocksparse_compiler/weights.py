@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from .errors import LayerError, PatternError
+from .gates import BlockGate
 from .layers import KeptTiles
 from .layout import canonical_shape, canonical_weight, groups_of
 from .pattern import BlockPattern, BlockShape
-from .scales import BlockScale
 from .schemes import FixedMask
 from .selection import Layer
 from .zero_blocks import find_zero_blocks
@@ -56,10 +56,10 @@ def kept_pattern(layer: Layer, weight: Tensor, block_shape: BlockShape | None = 
 
 
 def own_block_shape(module: nn.Module) -> BlockShape | None:
-    """The block shape that a layer's scales or its fixed mask come in."""
+    """The block shape that a layer's scales or other gate, or its fixed mask, come in."""
     if parametrize.is_parametrized(module, "weight"):
         for parametrization in reversed(module.parametrizations["weight"]):  # type: ignore[index,arg-type]
-            if isinstance(parametrization, BlockScale | FixedMask):
+            if isinstance(parametrization, BlockGate | FixedMask):
                 return parametrization.block_shape
     return None
 

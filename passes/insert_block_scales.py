@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import LayerError
+from ..gates import BlockGate, block_gate_of
 from ..layers import KeptTiles
 from ..layout import is_transposed
 from ..pattern import BlockShape, check_block_shape
-from ..scales import BlockScale, block_scale_of
+from ..scales import BlockScale
 from ..selection import Filter, Layer, keep_valid, nothing_left, select_layers
 from ..weights import (
     check_untied,
@@ -58,31 +59,51 @@ def insert_block_scales(
             than that of a layer named in `include`).
         LayerError: if no layer could be scaled, a name matches none, or a weight is not finite.
     """
-    check_block_shape(block_shape, NAME)
-    layers = select_layers(model, NAME, include, exclude, only_called=True)
+    planned = plan_gates(model, block_shape, BlockScale, NAME, include, exclude)
+    register_gates(planned)
+    log.info("%s: %d layers scaled in blocks of %s", NAME, len(planned), tuple(block_shape))
+    return model
+
+
+def plan_gates(
+    model: nn.Module,
+    block_shape: BlockShape,
+    gate_type: type[BlockGate],
+    function: str,
+    include: Filter = None,
+    exclude: Filter = None,
+) -> list[tuple[Layer, BlockGate]]:
+    """The layers to gate, and their gates; layers with tied weights share one. Changes nothing.
+
+    `function` is the name for messages. Raises as `insert_block_scales` does.
+    """
+    check_block_shape(block_shape, function)
+    layers = select_layers(model, function, include, exclude, only_called=True)
     users = weight_users(model)
     layers, last_error = keep_valid(
         layers,
-        NAME,
+        function,
         _check_dense,
         check_weight_known,
         lambda layer: check_untied(layer, layers, users),
         lambda layer: full_pattern(layer, block_shape),
     )
     if not layers:
-        raise nothing_left(NAME, last_error)
+        raise nothing_left(function, last_error)
 
-    tied: dict[int, BlockScale] = {}  # by weight parameter: tied layers share their scales too
-    planned = []
+    tied: dict[int, BlockGate] = {}  # by weight parameter
+    planned: list[tuple[Layer, BlockGate]] = []
     for layer in layers:
         weight, full = effective_weight(layer), full_pattern(layer, block_shape)
         parameter = weight_parameters(layer.module)[0]
-        scale = BlockScale(full, is_transposed(layer.module), weight.dtype, weight.device)
-        planned.append((layer.module, tied.setdefault(id(parameter), scale)))
-    for module, scale in planned:
-        parametrize.register_parametrization(module, "weight", scale)
-    log.info("%s: %d layers scaled in blocks of %s", NAME, len(planned), tuple(block_shape))
-    return model
+        gate = gate_type(full, is_transposed(layer.module), weight.dtype, weight.device)
+        planned.append((layer, tied.setdefault(id(parameter), gate)))
+    return planned
+
+
+def register_gates(planned: list[tuple[Layer, BlockGate]]) -> None:
+    for layer, gate in planned:
+        parametrize.register_parametrization(layer.module, "weight", gate)
 
 
 def _check_dense(layer: Layer) -> None:
@@ -93,6 +114,8 @@ def _check_dense(layer: Layer) -> None:
     if is_masked(module):
         fix = "Call torch.nn.utils.prune.remove(layer, 'weight') first."
         raise LayerError(layer.name, "a weight parameter", "a mask of torch.nn.utils.prune", fix)
-    if block_scale_of(module) is not None:
+    gate = block_gate_of(module)
+    if gate is not None:
         fix = "Fold it first (fold_zero_blocks), or exclude it."
-        raise LayerError(layer.name, "a layer without block scales", "one that has them", fix)
+        got = "one that has them" if isinstance(gate, BlockScale) else f"one that has {type(gate).__name__}"
+        raise LayerError(layer.name, "a layer without block scales", got, fix)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from .. import ops as _ops  # noqa: F401  registers the operators that are put into the graph
 from ..errors import PlanError
 from ..plan import Decision, Plan, Site
 from ..variants import VARIANTS, KernelConfig

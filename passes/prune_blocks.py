@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import LayerError, OptionError, PatternError
+from ..importance import block_strength
 from ..layers import KeptTiles
 from ..layout import layer_weight
 from ..pattern import BlockPattern, BlockShape, check_block_shape
@@ -107,13 +108,6 @@ def _targets(layers: list[Layer], block_shape: BlockShape | None) -> list[_Targe
             full = _blocks(layer, block_shape)
             targets[key] = _Target(layer.module, full, block_strength(effective_weight(layer), full))
     return list(targets.values())
-
-
-def block_strength(weight: Tensor, full: BlockPattern) -> Tensor:
-    """Root mean square of each block over its elements and all taps: float64 `[out-blocks, in-blocks]`."""
-    square = full.to_tiles(weight.double().square()).sum((1, 3, 4))
-    count = full.to_tiles(torch.ones_like(weight, dtype=torch.float64)).sum((1, 3, 4))
-    return (square / count).sqrt()
 
 
 def _blocks(layer: Layer, block_shape: BlockShape | None) -> BlockPattern:

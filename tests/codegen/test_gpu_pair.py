@@ -45,6 +45,7 @@ CASES = [
     case((1, 16, 3, 4, 5), 48, (3, 1, 3), padding=(1, 1, 0, 0, 1, 1)),
     case((5, 64), 96),
     case((2, 3, 40), 50, bias=False),
+    case((2, 32, 6, 6), 128, (3, 3), (64, 32), padding=ONE, parameters={"l1": 1}),
     # In boxes of pixels; with strides that boxes cannot take.
     case((3, 32, 7, 7), 192, (3, 3), (64, 32), padding=ONE, parameters=box(2, 8, 8)),
     case((2, 32, 6, 6), 128, (3, 3), (64, 32), stride=(2, 2), padding=ONE, parameters=box(1, 4, 4)),
@@ -180,6 +181,19 @@ def test_equal_rows_are_paired():
     assert shared_fraction(rows_with(torch.cat([kinds, kinds]))) == 0.5
 
 
+def test_few_lone_tiles_join_the_shared_loop_with_zero_tiles():
+    kept = torch.zeros(2, 20, dtype=torch.bool)
+    kept[0, :10], kept[1, 2:] = True, True
+    pattern = rows_with(kept)
+    ((a, b, both, only_a, only_b),) = pair_rows(pattern)
+    assert {a, b} == {0, 1} and (both, *sorted([only_a, only_b])) == (10, 0, 10)
+    assert pair_rows(pattern)[0].loops == 2
+    weight = pattern.apply(torch.randn(2, 20))
+    packed = pack_pairs(weight, pattern)
+    assert int(packed.values.eq(0).sum()) == 2 and packed.values.shape[0] == 30
+    assert torch.equal(unpack_weight(*packed, 2, 20, (), layout=OUTPUT_MAJOR), weight)
+
+
 def test_rows_that_share_nothing_stay_alone():
     pairs = pair_rows(rows_with(torch.eye(3, dtype=torch.bool)))
     assert {(p.a, p.b) for p in pairs} == {(0, ALONE), (1, ALONE), (2, ALONE)}
@@ -190,7 +204,7 @@ def test_pairs_share_more_than_neighbours_and_are_balanced(rows):
     kept = torch.rand(rows, 72, generator=torch.Generator().manual_seed(0)) < 0.5
     pairs = pair_rows(rows_with(kept))
     neighbours = int((kept[0::2] & kept[1::2]).sum())
-    assert sum(p.both for p in pairs) > 1.1 * neighbours
+    assert sum(int((kept[p.a] & kept[p.b]).sum()) for p in pairs) > 1.1 * neighbours
     work = [p.products for p in pairs]
     assert work == sorted(work, reverse=True)
     assert work[0] < 1.25 * sum(work) / len(work)

@@ -103,34 +103,29 @@ def test_periodic_supports_one_by_one():
             assert set(kept[o, c].nonzero().flatten().tolist()) == expected
 
 
-def vgg16(classes=10):
-    """For 32x32 images, as in the paper: two linear layers at the end."""
-    layers, channels = [], 3
-    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
-        layers += [nn.MaxPool2d(2)] if width == 0 else [nn.Conv2d(channels, width, 3, padding=1)]
-        channels = width or channels
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 512), nn.Linear(512, classes))
-
-
 @pytest.mark.parametrize(
-    ("scheme", "gmacs"),
+    ("support", "kernel", "expected"),
     [
-        (None, 0.314),
-        (PeriodicKernels(4, 4), 0.141),
-        (PeriodicKernels(4, 8, boosted=True), 0.162),
-        (PeriodicKernels(4, 16, boosted=True), 0.152),
-        (PeriodicKernels(2, 8, boosted=True), 0.102),
-        (PeriodicKernels(1, 8, boosted=True), 0.071),
-        (PeriodicKernels(1, 16, boosted=True), 0.054),
+        (1, (5,), [{t} for t in range(5)]),
+        (2, (3,), [{0, 1}, {1, 2}]),
+        (2, (3, 1), [{0, 1}, {1, 2}]),
+        (2, (1, 3), [{0, 1}, {1, 2}]),
+        (2, (2, 3), [{0, 1}, {1, 2}, {3, 4}, {4, 5}]),
+        (4, (2, 4), [{0, 1, 4, 5}, {1, 2, 5, 6}, {2, 3, 6, 7}]),
+        (4, (2, 2, 2), [{0, 1, 2, 3}, {4, 5, 6, 7}]),
     ],
 )
-def test_vgg16_costs_what_the_paper_prints(scheme, gmacs):
-    model = vgg16()
-    if scheme is not None:
-        bsc.apply_pattern(model, scheme)
-        assert len(masked_names(model)) == 12  # all but the first convolution and the linear layers
-    total = bsc.sparsity_report(model, torch.zeros(1, 3, 32, 32)).total
-    assert total.macs / 1e9 == pytest.approx(gmacs, abs=0.001)
+def test_periodic_supports_of_other_kernels(support, kernel, expected):
+    kept = PeriodicKernels(support, 8).pattern("conv", (8, 3, *kernel), 1).mask().flatten(2)
+    for o in range(8):
+        for c in range(3):
+            taps = set(kept[o, c].nonzero().flatten().tolist())
+            assert taps == expected[(o + c + 1) % 8 % len(expected)]
+
+
+def test_kernels_without_such_windows_stay_dense():
+    with pytest.raises(PatternError, match=r"conv: expected a kernel with windows of 4 taps, got 3x1"):
+        PeriodicKernels(4, 8).pattern("conv", (8, 8, 3, 1), 1)
 
 
 # ---- RandomBlocks --------------------------------------------------------------------------------------
@@ -207,8 +202,7 @@ def test_bad_schemes(make, message):
     ("scheme", "name", "error", "message"),
     [
         (PeriodicKernels(4, 8), "0", LayerError, r"^0: expected a layer after the first convolution"),
-        (PeriodicKernels(4, 8), "5", PatternError, r"^5: expected a 3x3 kernel, got 2x2"),
-        (PeriodicKernels(4, 8), "8", PatternError, r"^8: expected a 3x3 kernel, got a linear layer"),
+        (PeriodicKernels(4, 8), "8", PatternError, r"^8: expected a kernel larger than 1x1, got a linear"),
         (StructuredBand(9), "3", PatternError, r"^3: expected a band no wider than 8"),
         (StructuredBand(1, taps=((4,),)), "5", PatternError, r"^5: expected taps below 4"),
         (RandomBlocks((16, 16), 0.5), "8", PatternError, r"^8: expected a block no larger"),
