@@ -42,6 +42,7 @@ bench: $(INSTALLED)  ## Measure layers, models and compile time against the stro
 	$(RUN) -m benchmarks.layers
 	$(RUN) -m benchmarks.models
 	$(RUN) -m benchmarks.compile_time
+	$(RUN) -m benchmarks.training
 
 bench-gpu: $(INSTALLED)  ## The same on a CUDA GPU, in under 20 minutes
 	$(RUN) -m benchmarks.layers --device cuda

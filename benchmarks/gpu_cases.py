@@ -17,7 +17,7 @@ from blocksparse_compiler import BlockPattern, Site
 from blocksparse_compiler.packing import PackedWeight
 from blocksparse_compiler.variants import VARIANTS, KernelConfig, Parameters
 
-from .masks import random_mask
+from .masks import balanced_mask, random_mask
 from .shapes import CONVOLUTIONS, ConvShape, LinearShape, Shape
 
 BLOCKS = {"64x64": (64, 64), "64x32": (64, 32), "32x32": (32, 32), "128x128": (128, 128)}
@@ -42,6 +42,7 @@ class Cell:
         batch: images, or rows of a linear layer divided by `shape.rows_per_item`.
         block: of the mask, as in `"64x64"`.
         density: kept fraction of its blocks.
+        mask: `"random"`, or `"balanced"`: equally many blocks in every block row.
     """
 
     shape: Shape
@@ -49,9 +50,11 @@ class Cell:
     block: str
     density: float
     dtype: str = "bfloat16"
+    mask: str = "random"
 
     def __str__(self) -> str:
-        return f"{self.shape} n{self.batch} {self.block} {self.density:g}"
+        mask = "" if self.mask == "random" else f" {self.mask}"
+        return f"{self.shape} n{self.batch} {self.block} {self.density:g}{mask}"
 
     @property
     def is_conv(self) -> bool:
@@ -178,7 +181,8 @@ def _weight(cell: Cell) -> Tensor:
     weight = torch.randn(shape, generator=torch.Generator(where).manual_seed(seed), device=where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mask = random_mask(torch.empty(shape, device="meta"), cell.block_shape, cell.density)
+        choose = balanced_mask if cell.mask == "balanced" else random_mask
+        mask = choose(torch.empty(shape, device="meta"), cell.block_shape, cell.density)
     return (weight * mask.to(where) / math.sqrt(math.prod(shape[1:]))).to(cell.torch_dtype)
 
 

@@ -26,11 +26,11 @@ import typer
 
 from blocksparse_compiler import tuned_table
 
-from . import gpu_cases, gpu_machine, gpu_pictures, report
+from . import gpu_cases, gpu_machine, gpu_pictures, pictures, report
 from .gpu_cases import Cell
 from .gpu_rows import CellPlan, Row, measure_group, tuned_entries
-from .gpu_run import CudaRunner, InterpretRunner, Runner, check, placed_weight
-from .gpu_worker import Pool
+from .gpu_run import CudaRunner, Runner, check, placed_weight, runner_for
+from .gpu_worker import Pool, Worker
 
 GRACE_SECONDS = 25
 """After the deadline, for the group under way; then the process ends itself."""
@@ -53,8 +53,10 @@ class Session:
 
     def measure(self, cells: Sequence[Cell], pool: Pool | None) -> None:
         """Checks all cells, then times them group by group."""
+        self.measure_plans([CellPlan.of(cell, self.runner.spec, self.configs) for cell in cells], pool)
+
+    def measure_plans(self, plans: Sequence[CellPlan], pool: Pool | None) -> None:
         began = time.monotonic()
-        plans = [CellPlan.of(cell, self.runner.spec, self.configs) for cell in cells]
         self._check(plans, pool)
         checked = time.monotonic()
         for _, group in itertools.groupby(plans, key=lambda p: (p.cell.shape, p.cell.batch, p.cell.dtype)):
@@ -64,7 +66,7 @@ class Session:
             if members:
                 self._time(members)
         self.log(
-            f"{len(cells)} cells, first {cells[0]}: checked in {checked - began:.0f} s, "
+            f"{len(plans)} cells, first {plans[0].cell}: checked in {checked - began:.0f} s, "
             f"timed in {time.monotonic() - checked:.0f} s"
         )
         self.save()
@@ -161,7 +163,7 @@ def run(
     shape: Annotated[str, typer.Option(help="Only shapes whose name contains this.")] = "",
     configs: Annotated[int, typer.Option(help="Parameters to try for each kernel variant.")] = 3,
     seconds: Annotated[float, typer.Option(help="Of timing per candidate.")] = 0.04,
-    workers: Annotated[int, typer.Option(help="Processes that compile and check.")] = 12,
+    workers: Annotated[int, typer.Option(help="Processes that compile and check; 0: this one.")] = 12,
     max_autotune: Annotated[int, typer.Option(help="Layers to max-autotune as a baseline.")] = 3,
     tuned: Annotated[bool, typer.Option(help="Write the fastest parameters into the tuned table.")] = False,
     folder: Annotated[Path, typer.Option(help="For the results, and the tuned table.")] = report.RESULTS,
@@ -171,9 +173,9 @@ def run(
     deadline = time.monotonic() + 60 * minutes
     faulthandler.dump_traceback_later(60 * minutes + GRACE_SECONDS, exit=True, file=sys.__stderr__)
     on_gpu = device != "interpret"
-    runner: Runner = CudaRunner() if on_gpu else InterpretRunner()
+    runner = runner_for(device)
     session = Session(runner, report.path_of(name, folder), deadline, configs, seconds)
-    pool = Pool(workers) if on_gpu else None
+    pool = Pool(workers, lambda: Worker.on(device)) if workers else None
     try:
         with torch.no_grad():
             session.facts["ceilings"] = gpu_machine.ceilings(runner)
@@ -199,7 +201,8 @@ def finish(session: Session, tuned: bool, folder: Path) -> None:
         target = tuned_table.FOLDER if folder == report.RESULTS else folder
         with_what = {key: str(session.facts["machine"][key]) for key in ("gpu", "torch", "triton", "date")}
         tuned_table.write(target / f"{spec.name}.json", spec.name, tuned_entries(rows), with_what)
-    gpu_pictures.draw_layers(rows, session.path.with_suffix(".png"))
+    if pictures.can_draw():
+        gpu_pictures.draw_layers(rows, session.path.with_suffix(".png"))
     gpu_pictures.print_layers(rows, session.facts)
 
 

@@ -29,7 +29,7 @@ from blocksparse_compiler.passes.pipeline import PassContext, run_pipeline
 
 from . import baselines, gpu_machine, models, pictures, report, zoo
 from .gpu_layers import GRACE_SECONDS
-from .gpu_run import CudaRunner, InterpretRunner, Runner, relative_error
+from .gpu_run import CudaRunner, Runner, relative_error, runner_for
 from .ours import newest_plan
 
 CASES = (
@@ -229,7 +229,7 @@ def run(
     """Whole networks on a GPU."""
     deadline = time.monotonic() + 60 * minutes
     faulthandler.dump_traceback_later(60 * minutes + GRACE_SECONDS, exit=True, file=sys.__stderr__)
-    runner: Runner = InterpretRunner() if device == "interpret" else CudaRunner()
+    runner = runner_for(device)
     facts: dict[str, Any] = {"machine": gpu_machine.machine(runner), "log": []}
     wanted = [(m, b, tuple(keep) or ("0.5", "0.25")) for m in model for b in batch]
     cases = wanted or [(m, b, tuple(keep) or keeps) for m, b, keeps in CASES]
@@ -249,7 +249,7 @@ def run(
                 print(facts["log"][-1], flush=True)
     faulthandler.cancel_dump_traceback_later()
     path = report.save(name, list(rows.values()), folder, **facts)
-    if rows:
+    if rows and pictures.can_draw():
         pictures.draw_models(list(rows.values()), path.with_suffix(".png"))
     print_models(list(rows.values()), facts)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import report
 from .timing import geometric_mean
 
 Row = dict[str, Any]
 
 
-LINE = "{:<22} {:>8} {:>5} {:>5} {:>9} {:<12} {:>4} {:>11} {:>5} {:>5} {:>5} {:>5}  {}"
+LINE = "{:<22} {:>9} {:>5} {:>5} {:>9} {:<12} {:>4} {:>11} {:>5} {:>5} {:>5} {:>5}  {}"
 HEAD = (
     "layer",
     "block",
@@ -31,7 +33,8 @@ HEAD = (
 
 def print_layers(rows: Sequence[Row], facts: dict[str, Any]) -> None:
     """One line per layer and mask: the fastest dense build, the speed-up as decided and with the best kernel,
-    and what that reaches: TFLOP/s on kept tiles, parts of the measured peak and of the memory's rate."""
+    and what that reaches: TFLOP/s on kept tiles, parts of the measured peak and of the memory's rate. Masks
+    with equally many blocks in every row are marked `b`."""
     print(f"\n{facts['machine']['gpu']}: speed-up over the fastest dense build")
     print(LINE.format(*HEAD))
     for row in rows:
@@ -46,7 +49,8 @@ def print_layers(rows: Sequence[Row], facts: dict[str, Any]) -> None:
 
 def _line(row: Row, roofs: dict[str, float]) -> str:
     dense = row["dense"][row["best_dense"]]["median_ms"]
-    start = [row["shape"], row["block"], row["batch"], f"{row['kept']:.0%}", f"{dense:.4f}"]
+    block = row["block"] + ("" if row.get("mask", "random") == "random" else " b")
+    start = [row["shape"], block, row["batch"], f"{row['kept']:.0%}", f"{dense:.4f}"]
     start += [row["best_dense"], f"{row['dense_tflops']:.0f}"]
     auto = f"{row['speedup']['auto']:.2f} {'dense' if row['auto'] == 'dense' else ''}"
     best = next((c for c in row["candidates"] if c["label"] == row["best"]), None)
@@ -103,3 +107,11 @@ def draw_layers(rows: Sequence[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    # The table, and the picture where there was no matplotlib, of a results file.
+    results = Path(sys.argv[1])
+    data = report.load(results)
+    print_layers(data["rows"], data)
+    draw_layers(data["rows"], results.with_suffix(".png"))

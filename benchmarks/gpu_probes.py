@@ -31,6 +31,31 @@ def read_tiles(source, out, tiles, ROUNDS: tl.constexpr, TILE: tl.constexpr):
     tl.store(out + program, tl.sum(total, 0))
 
 
+@triton.jit
+def copy_boxes(source, out, tiles, ROUNDS: tl.constexpr, ROWS: tl.constexpr):
+    """As `read_tiles`, by the copy engine: boxes [ROWS, 64] into shared memory."""
+    program = tl.program_id(0)
+    boxes = tl.make_tensor_descriptor(source, [tiles * ROWS, 64], [64, 1], [ROWS, 64])
+    total = tl.zeros((ROWS, 64), tl.float32)
+    tile = program * 7 % tiles
+    for _ in range(ROUNDS):
+        total += boxes.load([tile * ROWS, 0]).to(tl.float32)
+        tile = (tile + 13) % tiles
+    tl.store(out + program, tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def multiply_tiles(a, b, out, ROUNDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """Multiplies one pair of tiles over and over: the rate of the matrix units at this width."""
+    rows, columns, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    left = tl.load(a + rows[:, None] * K + inner[None, :])
+    right = tl.load(b + columns[None, :] * K + inner[:, None])
+    total = tl.zeros((M, N), tl.float32)
+    for _ in range(ROUNDS):
+        total = tl.dot(left, right, total)
+    tl.store(out + tl.program_id(0) * M * N + rows[:, None] * N + columns[None, :], total)
+
+
 def ceilings(seconds: float = 0.3) -> dict[str, float]:
     """Bytes and operations per second of this GPU: the most that rows can be compared with."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -65,3 +90,32 @@ def l2_reads(multiprocessors: int, buffer_bytes: int = 16 << 20) -> tuple[Callab
         read_tiles[(programs,)](source, out, tiles, ROUNDS=L2_ROUNDS, TILE=L2_TILE, num_warps=8)
 
     return call, 2.0 * programs * L2_ROUNDS * L2_TILE
+
+
+def l2_copies(
+    multiprocessors: int, rows: int, buffer_bytes: int = 16 << 20
+) -> tuple[Callable[[], Any], float]:
+    source = torch.randn(buffer_bytes // 2, device="cuda").to(torch.bfloat16)
+    programs = 4 * multiprocessors
+    out = torch.empty(programs, device="cuda")
+    tiles = len(source) // (64 * rows)
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+
+    def call() -> None:
+        copy_boxes[(programs,)](source, out, tiles, ROUNDS=L2_ROUNDS, ROWS=rows, num_warps=4, num_stages=4)
+
+    return call, 2.0 * programs * L2_ROUNDS * 64 * rows
+
+
+def tile_products(
+    multiprocessors: int, n: int, m: int = 128, k: int = 64, warps: int = 4
+) -> tuple[Callable[[], Any], float]:
+    rounds, programs = 2000, 2 * multiprocessors
+    a = torch.randn(m, k, device="cuda").to(torch.bfloat16)
+    b = torch.randn(n, k, device="cuda").to(torch.bfloat16)
+    out = torch.empty(programs, m, n, device="cuda")
+
+    def call() -> None:
+        multiply_tiles[(programs,)](a, b, out, ROUNDS=rounds, M=m, N=n, K=k, num_warps=warps)
+
+    return call, 2.0 * programs * rounds * m * n * k

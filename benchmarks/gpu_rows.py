@@ -163,6 +163,7 @@ def _row(runner: Runner, plan: CellPlan, dense: Mapping[str, Any], timings: Mapp
         "batch": cell.batch,
         "block": cell.block,
         "density": cell.density,
+        "mask": cell.mask,
         "dtype": cell.dtype,
         "kept": float(cell.weight().ne(0).float().mean()),
         "gflop": cell.dense_flops / 1e9,

@@ -117,6 +117,11 @@ class InterpretRunner(Runner):
         return timing.interleave(calls, budget=0, rounds=(1, 1), warmup=1)
 
 
+def runner_for(name: str) -> Runner:
+    """For `"cuda"` or `"interpret"`."""
+    return InterpretRunner() if name == "interpret" else CudaRunner()
+
+
 class _Function(torch.nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()

@@ -21,7 +21,6 @@ from .gpu_cases import Candidate
 
 TIMEOUT_SECONDS = 90.0
 START_SECONDS = 120.0
-COMMAND = (sys.executable, "-m", "benchmarks.gpu_worker")
 
 Answer = dict[str, Any]
 
@@ -29,7 +28,11 @@ Answer = dict[str, Any]
 class Worker:
     """One process; started anew after a hang or a crash."""
 
-    def __init__(self, command: Iterable[str] = COMMAND) -> None:
+    @classmethod
+    def on(cls, device: str) -> Worker:
+        return cls((sys.executable, "-m", "benchmarks.gpu_worker", device))
+
+    def __init__(self, command: Iterable[str]) -> None:
         self._command = list(command)
         self._process: subprocess.Popen[str] | None = None
 
@@ -76,7 +79,7 @@ class Worker:
 class Pool:
     """Workers that stay between calls."""
 
-    def __init__(self, size: int, make: Callable[[], Worker] = Worker) -> None:
+    def __init__(self, size: int, make: Callable[[], Worker]) -> None:
         self._workers = [make() for _ in range(size)]
 
     def check(
@@ -120,14 +123,14 @@ def main() -> None:
     os.dup2(2, 1)
     import torch
 
-    from .gpu_run import CudaRunner, check
+    from .gpu_run import check, runner_for
 
     torch.set_num_threads(2)
     runner = None
     for line in sys.stdin:
         start = time.perf_counter()
         try:
-            runner = runner or CudaRunner()
+            runner = runner or runner_for(sys.argv[1])
             with torch.no_grad():
                 answer: Answer = check(runner, Candidate.from_json(json.loads(line)))
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,6 +73,11 @@ def print_layers(rows: list[Row]) -> None:
 def _cell(speedup: dict[str, float]) -> str:
     auto, forced = speedup["auto"], speedup["forced"]
     return f"{auto:.2f}" if auto == forced else f"{auto:.2f} ({forced:.2f})"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there: machines that only measure do without."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_layers(rows: list[Row], path: Path) -> None:

@@ -76,6 +76,21 @@ def linear(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def training(data: dict[str, Any]) -> str:
+    """A training step of ResNet-50's stages."""
+    lines = [
+        _row("ResNet-50's", "batch", "kept", "stored as", "fastest dense step", "ours", "speed-up"),
+        _row("---", "--:", "--:", "---", *["--:"] * 3),
+    ]
+    for row in data["rows"]:
+        dense = row["dense"][row["best_dense"]]["median_ms"]
+        form = {"masked": "masks", "folded": "kept tiles"}[row["form"]]
+        times = f"{dense:.0f} ms", f"{row['ours']['median_ms']:.0f} ms"
+        cells = (row["stage"], row["batch"], f"{row['density']:.0%}", form, *times)
+        lines.append(_row(*cells, f"**{row['speedup']:.2f}×**"))
+    return "\n".join(lines)
+
+
 def machine(data: dict[str, Any]) -> str:
     """What the figures were measured on."""
     m = data["machine"]
@@ -89,6 +104,7 @@ SECTIONS = {
     "models": (models, "models"),
     "linear": (linear, "layers"),
     "compile_time": (compile_time, "compile_time"),
+    "training": (training, "training"),
     "machine": (machine, "layers"),
 }
 

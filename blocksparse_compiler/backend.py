@@ -6,11 +6,12 @@ import itertools
 import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .codegen import inductor_api, lowerings
 from .codegen.lowerings import source_digest
@@ -45,7 +46,8 @@ def blocksparse(
     """The Dynamo backend: finds zero blocks in conv and linear weights and compiles them away.
 
     Without gradients, weights are frozen into the kernels, and watched: a change recompiles. With
-    gradients the graph goes to Inductor as it is.
+    gradients, layers whose zeros are fixed (by masks, frozen scales, folding) train on their kept tiles, and
+    everything else goes to Inductor as it is.
 
     Args:
         mode: as for Inductor (`"default"`, `"reduce-overhead"`, `"max-autotune"` …).
@@ -58,16 +60,14 @@ def blocksparse(
     parsed = BackendOptions.parse(options)
     config = {**inductor_api.mode_options(mode), **parsed.inductor}
     if _needs_gradients(example_inputs):
-        log.warning(
-            "gradients are enabled: compiled for training, on Inductor's dense kernels. "
-            "For inference call the compiled model under torch.no_grad() or torch.inference_mode()."
-        )
-        return inductor_api.compile_fx(gm, list(example_inputs), config)
+        from .training_graph import compile_training  # which builds on this module
+
+        return compile_training(gm, example_inputs, parsed, config)
     return CompiledGraph(gm, example_inputs, parsed, config)
 
 
 def compiled_graphs() -> list[CompiledGraph]:
-    """The inference graphs alive in this process, oldest first; each has the `plan` it carries out."""
+    """The graphs alive in this process, oldest first; each has the `plan` it carries out."""
     return sorted(_alive, key=lambda graph: graph.serial)
 
 
@@ -95,7 +95,7 @@ class CompiledGraph:
         self._options, self._config = options, config
         self._original = copy_graph(gm)
         self._fake_mode = inductor_api.fake_mode_of(gm)
-        unfrozen = written_nodes(gm) | returned_nodes(gm)
+        unfrozen = self._unfreezable(gm)
         self._static: list[int] = []
         self._dynamic: list[int] = []
         for i, (node, value) in enumerate(
@@ -111,6 +111,13 @@ class CompiledGraph:
         self.serial = next(_serial)
         self._add_version(example_inputs, example_inputs)
         _alive.add(self)
+
+    def _unfreezable(self, gm: GraphModule) -> set[Node]:
+        """Inputs that stay inputs."""
+        return written_nodes(gm) | returned_nodes(gm)
+
+    def _grad_mode(self) -> AbstractContextManager[Any]:
+        return torch.no_grad()
 
     def __call__(self, *args: Any) -> Any:
         if self._unfrozen is not None:
@@ -154,7 +161,7 @@ class CompiledGraph:
         sparse = sum(not d.is_dense for d in self.plan)
         line.update(f"generating code ({sparse} of {len(self.plan)} layers block-sparse)")
         inputs = [examples[i] for i in self._dynamic]
-        with torch.no_grad(), dump.sources():
+        with self._grad_mode(), dump.sources():
             try:
                 run = self._inductor(lowered, inputs)
             except inductor_api.RestartAnalysis:  # Dynamo traces again, with numbers for some symbols
@@ -202,6 +209,7 @@ class CompiledGraph:
             block_shape=options.block_shape,
             allow_dense=allow_dense,
             given_plan=options.plan,
+            inductor=self._config,
             tune=tune if options.autotune else None,
             on_pass=dump.on_pass,
         )
@@ -218,7 +226,7 @@ class CompiledGraph:
         return work, plan
 
     def _compile_unfrozen(self, args: Sequence[Any]) -> None:
-        with inductor_api.tracing(self._fake_mode), torch.no_grad():
+        with inductor_api.tracing(self._fake_mode), self._grad_mode():
             inputs = self._traced_inputs(args)
             self._unfrozen = inductor_api.compile_fx(copy_graph(self._original), inputs, self._config)
 

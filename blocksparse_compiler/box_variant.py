@@ -109,13 +109,15 @@ def box_sides(extent: Sequence[int], pixels: int) -> Parameters:
     """
     bits = pixels.bit_length() - 1
     names = ["box_n", *(f"box_{axis}" for axis in AXES[len(AXES) + 1 - len(extent) :])]
-    splits = (s for s in itertools.product(range(bits + 1), repeat=len(extent)) if sum(s) == bits)
+    splits: list[tuple[int, ...]] = list(itertools.product(range(bits + 1), repeat=len(extent)))
+    splits = [split for split in splits if sum(split) == bits]
 
     def waste(split: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
         covered = math.prod(-(-size >> s) << s for size, s in zip(extent, split, strict=True))
         return covered, tuple(-s for s in reversed(split))
 
-    return {name: 1 << s for name, s in zip(names, min(splits, key=waste), strict=True)}
+    best = min(splits, key=waste)
+    return {name: 1 << s for name, s in zip(names, best, strict=True)}
 
 
 def item_bytes(site: Site) -> int:

@@ -10,8 +10,8 @@ from .kernel_variant import KernelVariant, Parameters, output_pixels
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 
-BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8))
-"""Tiles to look for in a weight."""
+BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8), (32, 1), (16, 1))
+"""Tiles to look for in a weight: squares, and columns, which run about as fast: only height fills vectors."""
 
 
 @dataclass(frozen=True)

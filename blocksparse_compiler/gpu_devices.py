@@ -46,6 +46,7 @@ _HOPPER_EFFICIENCY = {
     "dense/few_rows": 0.80,
     "dram": 0.90,
     "l2": 0.85,
+    "l1": 0.6,
     "triton_gather": 0.60,
     "triton_box": 0.68,
     "triton_pair": 0.66,
@@ -80,6 +81,7 @@ _H100_SPEC = GpuSpec(
     shared_bytes_per_block=227 * KIB,
     shared_bytes_per_multiprocessor=228 * KIB,
     shared_bytes_per_clock_per_multiprocessor=128,
+    l1_bytes_per_multiprocessor=256 * KIB,
     registers_per_multiprocessor=65536,
     threads_per_multiprocessor=2048,
     warp_threads=32,
@@ -126,6 +128,7 @@ _A100_SPEC = (
         clock_hertz=1.41e9,
         peak_flops_per_second={"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12, "float32": 19.5e12},
         l2_bytes=40 * MIB,
+        l1_bytes_per_multiprocessor=192 * KIB,
     )
     .with_figures(_A100_SHEET, dram_bytes_per_second=2.039e12)
     .with_figures(_CUDA, arch=80, shared_bytes_per_block=163 * KIB, shared_bytes_per_multiprocessor=164 * KIB)
@@ -146,6 +149,7 @@ _RTX4090_SPEC = (
             "float32": 82.6e12,
         },
         l2_bytes=72 * MIB,
+        l1_bytes_per_multiprocessor=128 * KIB,
         dram_bytes_per_second=1.008e12,
     )
     .with_figures(
@@ -205,6 +209,7 @@ _MI300X_SPEC = (
         l2_bytes_per_clock_per_multiprocessor=64,
         shared_bytes_per_block=64 * KIB,
         shared_bytes_per_multiprocessor=64 * KIB,
+        l1_bytes_per_multiprocessor=32 * KIB,
         registers_per_multiprocessor=131072,
         warp_threads=64,
     )

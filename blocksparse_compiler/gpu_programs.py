@@ -124,16 +124,21 @@ class Tile:
         return math.prod(counts)
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory of one program."""
+        bh, bw = self.block
+        stage = (self.pixels + bh * self.block_rows) * bw * self.step * item_bytes(self.site)
+        return int(self.config["stages"]) * stage
+
+    @property
     def occupancy(self) -> int:
         """Programs that one multiprocessor runs at a time."""
-        device, (bh, bw) = self.device, self.block
+        device, bh = self.device, self.block[0]
         warps = int(self.config["warps"])
-        stage = (self.pixels + bh * self.block_rows) * bw * self.step * item_bytes(self.site)
-        shared = int(self.config["stages"]) * stage
         threads = warps * device.warp_threads
         accumulators = self.pixels * bh * self.block_rows / threads
         registers = threads * min(255, accumulators + 56)  # 56: addresses, masks, operands
-        by_shared = device.shared_bytes_per_multiprocessor // shared
+        by_shared = device.shared_bytes_per_multiprocessor // self.shared_bytes
         by_registers = int(device.registers_per_multiprocessor // registers)
         return max(1, min(by_shared, by_registers, device.threads_per_multiprocessor // threads))
 
@@ -143,6 +148,27 @@ class Tile:
         total = number(positions(self.site))
         pixels = min(self.pixels, total) if isinstance(total, int) else self.pixels
         return item_bytes(self.site) * bw * (work.loads * pixels + work.products * bh)
+
+    def l2_bytes(self, work: Programs) -> float:
+        """What all programs of a tile of pixels load from L2."""
+        loaded = float(self.loaded_bytes(work).sum())
+        activations = loaded - float(work.products.sum()) * self.block[0] * self.block[1] * item_bytes(
+            self.site
+        )
+        return loaded - activations * self._found_in_l1(work)
+
+    def _found_in_l1(self, work: Programs) -> float:
+        """Part of the activations that other taps have left in L1: all but the pixels around, if they fit."""
+        taps = math.prod(self.site.kernel_size)
+        if not self.config.get("l1") or taps == 1 or not work.loads.any():
+            return 0.0
+        width = self.site.output_spatial[-1]
+        rows = max(1.0, self.pixels / width) if isinstance(width, int) else 1.0
+        around = 1 + (math.prod(self.site.kernel_size[:-1]) - 1) / rows
+        between = float(work.loads.mean()) / taps * self.pixels * self.block[1] * item_bytes(self.site)
+        room = self.device.l1_bytes_per_multiprocessor / self.occupancy - self.shared_bytes
+        fitting = min(1.0, max(0.0, room / between))
+        return self.device.efficiency["l1"] * fitting * max(0.0, 1 - around / taps)
 
     def seconds(self, work: Programs, *, far: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Of each program: with a multiprocessor's rates to itself; and from its start to its end.

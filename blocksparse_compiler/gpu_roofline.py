@@ -70,17 +70,17 @@ _SPLIT_K = 1024
 
 
 def dense_cost(site: Site, device: GpuSpec, hints: Hints | None = None) -> Cost:
-    """The layer as Inductor runs it dense, with what follows: the cheaper one, for `hints`, of
+    """The layer as Inductor runs it dense, with what follows.
 
-    - a call of cuDNN or cuBLAS, and one more kernel that adds the bias of a convolution and applies the
-      epilogue, which reads and writes the output again;
-    - a Triton template of Inductor (`max_autotune`) with the epilogue fused.
+    That is a call of cuDNN or cuBLAS, and one more kernel that adds the bias of a convolution and applies
+    the epilogue, which reads and writes the output again. If the device has `templates` (`max_autotune`),
+    a Triton template of Inductor with the epilogue fused is taken where that is cheaper, for `hints`.
     """
     kind, usual = geometry(site), _library_efficiency(site, device)
     output = item_bytes(site) * _positions(site) * site.out_channels
     followed = bool(site.epilogue) or (site.bias and bool(site.kernel_size))
     library = _dense_kernel(site, device, usual, extra_traffic=2 * output if followed else 0)
-    if not followed or kind in ("grouped", "depthwise"):
+    if not followed or not device.templates or kind in ("grouped", "depthwise"):
         return library
     template = _dense_kernel(site, device, min(usual, device.efficiency["dense/template"]))
     return min((library, template), key=lambda cost: cost.evaluate(hints))
@@ -183,7 +183,7 @@ def kernel_cost(
     )
     output = size * _positions(site) * site.out_channels
     partials = 2 * split * 4 * _positions(site) * site.out_channels if split > 1 else 0  # written, read
-    l2 = tiles * float(tile.loaded_bytes(work).sum()) + output + partials
+    l2 = tiles * tile.l2_bytes(work) + output + partials
     streaming = device.dram_bytes_per_second * device.efficiency["dram"]
     activations = size * _input_elements(site) + output
     return _record(

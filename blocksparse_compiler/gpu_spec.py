@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from .errors import OptionError
 from .figures import Figures
@@ -31,6 +31,7 @@ class GpuSpec(Figures):
         dram_bytes_per_second: peak of the memory.
         shared_bytes_per_block, shared_bytes_per_multiprocessor, shared_bytes_per_clock_per_multiprocessor:
             shared memory (LDS on AMD).
+        l1_bytes_per_multiprocessor: shared memory included, where it is part of the same storage.
         registers_per_multiprocessor, threads_per_multiprocessor, warp_threads: limits of occupancy;
             registers of 32 bits.
         load_latency_seconds: from asking for a tile that is in L2 to using it, under load; twice that from
@@ -41,13 +42,16 @@ class GpuSpec(Figures):
         efficiency: fractions. Of peak: `"dense/<geometry>"` for cuDNN and cuBLAS (`"dense/grouped"` for
             groups of 8 channels), `"dense/template"` for Inductor's own templates, `"<variant>"` for our
             kernels away from memory limits. Of the memory's rate: `"dense/few_rows"` for weights in cuBLAS,
-            `"dram"` for all else. Of the L2 rate: `"l2"`.
+            `"dram"` for all else. Of the L2 rate: `"l2"`. `"l1"`, of loads that L1 could serve, those that it
+            does.
+        templates: whether dense layers may run on Inductor's own Triton templates, which fuse what follows
+            (`max_autotune`); see `as_compiled`.
         sources: where the figures come from, by field name; `"efficiency <name>"` for single fractions.
     """
 
     type: ClassVar[str] = "cuda"  # ROCm builds of torch call their devices so, too
     example: ClassVar[str] = "h200"
-    texts: ClassVar[tuple[str, ...]] = ("name", "backend", "arch")
+    texts: ClassVar[tuple[str, ...]] = ("name", "backend", "arch", "templates")
 
     name: str
     backend: str
@@ -62,6 +66,7 @@ class GpuSpec(Figures):
     shared_bytes_per_block: int
     shared_bytes_per_multiprocessor: int
     shared_bytes_per_clock_per_multiprocessor: int
+    l1_bytes_per_multiprocessor: int
     registers_per_multiprocessor: int
     threads_per_multiprocessor: int
     warp_threads: int
@@ -70,6 +75,7 @@ class GpuSpec(Figures):
     launch_seconds: float
     graph_launch_seconds: float
     efficiency: Mapping[str, float] = field(default_factory=dict)
+    templates: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,3 +121,9 @@ class GpuSpec(Figures):
         return self.with_figures(
             self.sources.get("graph_launch_seconds", ""), launch_seconds=self.graph_launch_seconds
         )
+
+    def as_compiled(self, options: Mapping[str, Any]) -> GpuSpec:
+        """The same GPU under these options of Inductor: CUDA graphs, and templates for dense layers."""
+        spec = self.with_graphs() if options.get("triton.cudagraphs") else self
+        tuned = options.get("max_autotune") or options.get("max_autotune_gemm")
+        return replace(spec, templates=True) if tuned else spec

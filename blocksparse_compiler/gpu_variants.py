@@ -88,7 +88,8 @@ class Gather(GpuVariant):
     """Loads activations through pointers: any geometry, any GPU.
 
     Parameters: `step` tiles of one row are multiplied at a time; `swapped`, the weights are the rows of the
-    product, so that one instruction of compute capability 9.0 covers up to 256 pixels.
+    product, so that one instruction of compute capability 9.0 covers up to 256 pixels; `l1`, activations
+    are cached there.
     """
 
     def _tiles(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
@@ -96,10 +97,11 @@ class Gather(GpuVariant):
         most = _enough_pixels(site, 256)
         step = _step(site, bw)
         found: list[Parameters] = []
-        for pixels, warps, swapped in ((128, 4, 0), (256, 8, 1), (256, 8, 0), (64, 4, 0), (128, 8, 0)):
+        tiles = ((128, 4, 0), (256, 8, 1), (256, 4, 1), (256, 8, 0), (64, 4, 0), (128, 8, 0))
+        for pixels, warps, swapped in tiles:
             pixels = min(pixels, most)
             threads = warps * device.warp_threads
-            if not 4 <= pixels * bh // threads <= _most_accumulators(site):
+            if not 4 <= pixels * bh // threads <= most_sums(site, device):
                 continue
             if bh * bw * step * _item_bytes(site) < LOAD_BYTES * threads:
                 continue
@@ -119,6 +121,8 @@ class Gather(GpuVariant):
             found = [
                 {"pixels": pixels, "warps": 2 if pixels * bh <= 1024 else 4, "stages": stages, "step": step}
             ]
+        if pattern.num_taps > 1 and device.backend != "hip":
+            found += [in_l1(config) for config in found[:2]]
         return found
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
@@ -159,6 +163,11 @@ class Decode(Gather):
         return [{**config, "split": split} for split in splits]
 
 
+def in_l1(config: Parameters) -> Parameters:
+    """Neighbouring taps find most of their activations in L1, if shared memory leaves room for it."""
+    return {**config, "stages": min(3, int(config["stages"])), "l1": 1}
+
+
 def precision(site: Site) -> Parameters:
     """`{"precision": "tf32" | "ieee"}` for fp32 layers, as torch's settings say; else nothing."""
     if site.dtype != "float32":
@@ -189,11 +198,12 @@ def _item_bytes(site: Site) -> int:
     return 4 if site.dtype == "float32" else 2
 
 
-def _most_accumulators(site: Site) -> int:
+def most_sums(site: Site, device: Any) -> int:
     """fp32 sums that a thread can hold without spilling its other registers."""
-    if site.dtype != "float32":
-        return 128
-    return 32 if precision(site)["precision"] == "tf32" else 16
+    if site.dtype == "float32":
+        return 32 if precision(site)["precision"] == "tf32" else 16
+    # Where matrix instructions read registers, these hold the operands, too.
+    return 128 if device.backend == "cuda" and int(device.arch) >= 90 else 64
 
 
 def pipeline_stages(stage_bytes: int, device: Any) -> int:

@@ -58,12 +58,12 @@ def _conv_reference(
     )
     pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
     before = [lo for lo, _ in pairs]
-    if any(lo != hi for lo, hi in pairs):
+    if any(lo != hi or lo < 0 for lo, hi in pairs):
         x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair])
         before = [0] * len(pairs)
     conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(kernel_size) - 1]
     out = conv(x, weight, bias, list(stride), before, list(dilation))
-    return out.contiguous(memory_format=_memory_format(len(kernel_size), channels_last))
+    return out.contiguous(memory_format=memory_format_of(len(kernel_size), channels_last))
 
 
 def _conv_fake(
@@ -84,12 +84,12 @@ def _conv_fake(
         (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i, size in enumerate(x.shape[2:])
     ]
-    memory_format = _memory_format(len(kernel_size), channels_last)
+    memory_format = memory_format_of(len(kernel_size), channels_last)
     shape = (x.shape[0], out_channels, *spatial)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-def _memory_format(spatial_dims: int, channels_last: bool) -> torch.memory_format:
+def memory_format_of(spatial_dims: int, channels_last: bool) -> torch.memory_format:
     if not channels_last or spatial_dims == 1:
         return torch.contiguous_format
     return torch.channels_last if spatial_dims == 2 else torch.channels_last_3d

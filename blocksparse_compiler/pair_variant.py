@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .box_variant import BOX, box_tiles, item_bytes
-from .gpu_variants import DTYPES, GpuVariant, pipeline_stages
+from .gpu_variants import DTYPES, GpuVariant, in_l1, most_sums, pipeline_stages
 from .kernel_variant import Parameters
 from .packing import PackedWeight
 from .pair_packing import pack_pairs, pair_rows
@@ -41,15 +41,18 @@ class Pair(GpuVariant):
         found: list[Parameters] = []
         if BOX.runs_on(device) and BOX.unsupported(site, pattern) is None:
             found = [{**box, "box": 1} for box in box_tiles(site, pattern, device, programs, blocks=2)]
-        for pixels, warps in ((128, 8), (64, 4), (256, 8), (32, 4)):
+        most = min(MOST_SUMS, most_sums(site, device) // 2)
+        for pixels, warps in ((128, 8), (64, 4), (64, 8), (256, 8), (32, 4)):
             threads = warps * device.warp_threads
-            if not 8 <= 2 * pixels * bh // threads <= MOST_SUMS:
+            if not 8 <= 2 * pixels * bh // threads <= most:
                 continue
             if bh * bw * item_bytes(site) < LEAST_LOAD_BYTES * threads:
                 continue
             stages = min(3, pipeline_stages((pixels + 2 * bh) * bw * item_bytes(site), device))
             if stages >= 2:
                 found.append({"pixels": pixels, "warps": warps, "stages": stages})
+        if pattern.num_taps > 1 and device.backend != "hip":
+            found += [in_l1(config) for config in found if "box" not in config][:1]
         return found
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:

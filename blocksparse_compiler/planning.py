@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,4 +51,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
             for part in node.target.split("."):
                 value = getattr(value, part)
             attributes[node.target] = value
-    return GraphModule(attributes, copy.deepcopy(gm.graph))
+    with warnings.catch_warnings():
+        # Of torch itself, which copies its own tree specs so.
+        warnings.filterwarnings("ignore", message=".*treespec", category=FutureWarning)
+        return GraphModule(attributes, copy.deepcopy(gm.graph))

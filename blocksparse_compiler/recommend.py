@@ -20,7 +20,7 @@ from .plan import Site
 from .recommendation import LayerAdvice, Recommendation, shape_name
 
 GPU_BLOCK_SHAPES = ((128, 64), (64, 64), (64, 32), (32, 64), (32, 32), (32, 16), (16, 16), (8, 8))
-CPU_BLOCK_SHAPES = ((64, 64), (32, 32), (32, 16), (16, 32), (16, 16), (16, 8), (8, 8), (4, 4))
+CPU_BLOCK_SHAPES = ((64, 64), (32, 32), (32, 16), (32, 1), (16, 16), (16, 1), (8, 8), (4, 4))
 DENSITIES = (0.5, 0.25, 0.1)
 
 NEAR = 0.95

@@ -270,11 +270,16 @@ def _tile_fill(site: Site, tile_pixels: int) -> sympy.Expr:
     return width / (count * sympy.ceiling(width / count))
 
 
+LOW_COLUMNS = 0.85
+"""Rate of columns lower than 32 against wider tiles: the loop over tiles starts anew after few products."""
+
+
 def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant: str = "") -> float:
     """Fraction of peak that kept tiles run at.
 
-    The block's height alone decides: it fills vectors and register tiles. Any width runs alike (measured
-    from 1 to 64), so a shape without a figure takes that of the highest square that is no higher.
+    The block's height decides: it fills vectors and register tiles. Widths run alike (measured from 1 to
+    64), but for columns lower than 32, so a shape without a figure takes that of the highest square that
+    is no higher.
     """
     spatial = math.prod(site.kernel_size) > 1
     kind = "linear" if not site.kernel_size else "spatial" if spatial else "pointwise"
@@ -283,6 +288,8 @@ def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant:
     shapes = (f"{height}x{width}", f"{square}x{square}")
     names = (name for shape in shapes for name in (f"{variant}/{shape}/{kind}", f"{shape}/{kind}"))
     known = next((device.efficiency[name] for name in names if name in device.efficiency), 0.3)
+    if width == 1 and height < 32:
+        known *= LOW_COLUMNS
     return known * min(1.0, height / 8)  # lower than a vector of 8: lanes go unused in proportion
 
 

@@ -150,6 +150,7 @@ class _Weight:
                 raise Unsupported(f"output of shape {shape}: for at most {parameters['pixels']} rows")
             split = int(parameters.get("split", 1))
             constants = {"SPLIT": split}
+        l1 = bool(parameters.get("l1", 0))
         text = KernelText(
             variant=variant,
             axes=axes,
@@ -160,11 +161,12 @@ class _Weight:
             precision=str(parameters.get("precision", "")),
             swapped=variant == "triton_gather" and bool(parameters.get("swapped", 0)),
             boxed=boxes is not None,
+            l1=l1,
         )
         step = int(parameters.get("step", 1))
         if step * self.bw > max(self.bw, STEP_CHANNELS):
             raise Unsupported(f"{step} tiles of {self.bw} channels at a time")
-        if text.bias:
+        if self.bias is not None and text.bias:
             inputs.append(ir.ExternKernel.realize_input(self.bias))
         choices: list[Any] = []
         error = template(text).maybe_append_choice(
@@ -181,7 +183,7 @@ class _Weight:
             STEP=step,
             ROWS=int(self.operands[1].get_size()[0]),
             TILES=self.num_tiles,
-            ALIGN=math.gcd(8, self.bw, int(x.get_size()[1 if axes else -1])),
+            ALIGN=math.gcd(_aligned(x, l1), self.bw, int(x.get_size()[1 if axes else -1])),
             **constants,
         )
         if error is not None:
@@ -219,6 +221,14 @@ class _Weight:
             inner_fn=lambda index: ops.to_dtype(load([index[-1]]), dtype),
             ranges=shape,
         )
+
+
+def _aligned(x: Any, l1: bool) -> int:
+    """Most channels to load at once. Triton 3.6 has copies of 16 bytes bypass L1, whatever it is told."""
+    import triton
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return 8 // x.get_dtype().itemsize if l1 and version < (3, 9) else 8
 
 
 def _reshape(x: Any, sizes: list[Any]) -> Any:

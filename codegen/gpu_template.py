@@ -67,6 +67,7 @@ class KernelText:
         split: programs that share a sum (their results are added up afterwards).
         swapped: weights, not activations, are the rows of the product.
         boxed: activations are copied by a tensor descriptor, in boxes of pixels.
+        l1: activations are cached in L1, for the taps that read them next.
     """
 
     variant: str
@@ -77,6 +78,7 @@ class KernelText:
     precision: str = ""
     split: int = 1
     boxed: bool = False
+    l1: bool = False
     swapped: bool = False
 
     @property
@@ -97,6 +99,7 @@ class KernelText:
             taps=len(taps) > 1,
             tap_axes=taps,
             tap_offset=self._tap_offset(),
+            cache=', cache_modifier=".ca"' if self.l1 else "",
             boxes=self._boxes() if self.boxed else None,
             digits=dict(zip((axis.name for axis in self.axes), self._tap_digits(), strict=True)),
             pixel_count=self._pixel_count(),

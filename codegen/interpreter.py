@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .interpreter_speed import shortcuts
+
 
 def interpret(
     function: Callable[..., Any],
@@ -53,20 +55,29 @@ def interpreted_language() -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     builder = interpreter.InterpreterBuilder
+    # Kernels are compiled without overflow checks, too; they would take most of the time here.
+    options = interpreter.InterpreterOptions(sanitize_overflow=False)
     language = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     with contextlib.ExitStack() as stack:
         scope = interpreter._patch_lang(language)
         stack.callback(scope.restore)
         for owner, name, value in (
             (JITFunction, "__call__", _call_helper),
+            (interpreter.interpreter_builder, "options", options),
             (builder, "create_dot", _dot),
+            (builder, "get_bf16", lambda self, value: self.cast_impl(self.get_fp32(value), tl.bfloat16)),
             (builder, "cast_impl", _cast(builder.cast_impl)),
+            (builder, "binary_op", _arithmetic(builder.binary_op)),
+            (builder, "unary_op", _arithmetic(builder.unary_op)),
             (tl.tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0])),
             (tl, "reduce", _reduce),
             (tl.core, "reduce", _reduce),
             (triton_helpers, "libdevice", Libdevice()),
+            *shortcuts(),
         ):
-            stack.enter_context(mock.patch.object(owner, name, value))
+            stack.enter_context(
+                mock.patch.object(owner, name, value, create=name == "get_bf16")
+            )  # new in 3.9
         # Divisions by a masked-out zero and the like are the kernel's business.
         stack.enter_context(np.errstate(all="ignore"))
         yield
@@ -110,18 +121,37 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
     return TensorHandle(np.matmul(_to_float32(a), _to_float32(b)) + d.data, d.dtype.scalar)
 
 
+def _arithmetic(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`binary_op` or `unary_op`, rounding each result of a bfloat16 operation."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    def operate(self: Any, *operands: Any) -> Any:
+        *handles, function = operands
+        if handles[0].dtype.scalar != tl.bfloat16 or handles[0].data.dtype != np.uint16:
+            return original(self, *operands)
+        result = function(*map(_to_float32, handles))
+        return TensorHandle(result if result.dtype == np.bool_ else _to_bfloat16(result), tl.bfloat16)
+
+    return operate
+
+
 def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
     def cast_impl(self: Any, source: Any, dtype: Any) -> Any:
         old, new = source.dtype.scalar, dtype.scalar
-        if old == new:
-            return TensorHandle(source.data, new)
-        if old == tl.bfloat16:
-            return TensorHandle(_to_float32(source).astype(_get_np_dtype(dtype)), new)
+        if source.data.dtype == np.bool_:  # comparisons still carry the type of what was compared
+            old = tl.int1
+        if old == new == tl.bfloat16:
+            return source
         if new == tl.bfloat16:
             return TensorHandle(_to_bfloat16(source.data.astype(np.float32)), new)
+        if old == tl.bfloat16:
+            return TensorHandle(_to_float32(source).astype(_get_np_dtype(dtype)), new)
+        if old == tl.int1:
+            return TensorHandle(source.data.astype(_get_np_dtype(dtype)), new)
         return original(self, source, dtype)
 
     return cast_impl

@@ -1,4 +1,4 @@
-"""Inductor lowerings of `blocksparse::conv` and `blocksparse::linear`, for every device.
+"""Inductor lowerings of the `blocksparse` operators, for every device.
 
 What the kernels do not cover (a device, a dtype, a geometry) falls back to the operator itself.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .. import ops as _ops  # noqa: F401  registers the operators
-from . import cpu_lowerings
+from .. import training_ops as _training_ops  # noqa: F401
+from . import cpu_gradients, cpu_lowerings
 from .inductor_api import fallback_handler, has_triton_package, register_lowering
 from .lowering_errors import Unsupported
 
@@ -26,7 +27,7 @@ _HERE = Path(__file__).parent
 @functools.cache
 def register() -> None:
     """Registers the lowerings with Inductor, once."""
-    for name in ("conv", "linear"):
+    for name in ("conv", "linear", "weight_grad"):
         op = getattr(torch.ops.blocksparse, name).default
         register_lowering(op, type_promotion_kind=None)(_lowering(op, f"lower_{name}"))
 
@@ -45,7 +46,7 @@ def _lowering(op: Any, name: str) -> Callable[..., Any]:
 
     def lowering(x: Any, *args: Any) -> Any:
         try:
-            return getattr(_family(x.get_device().type), name)(x, *args)
+            return getattr(_family(x.get_device().type, name), name)(x, *args)
         except Unsupported as reason:
             log.warning("%s runs without a generated kernel: %s", op, reason)
             return fallback(x, *args)
@@ -53,11 +54,11 @@ def _lowering(op: Any, name: str) -> Callable[..., Any]:
     return lowering
 
 
-def _family(device_type: str) -> Any:
+def _family(device_type: str, name: str) -> Any:
     """The module with the lowerings for a device."""
     if device_type == "cpu":
-        return cpu_lowerings
-    if device_type != "cuda":
+        return cpu_gradients if name == "lower_weight_grad" else cpu_lowerings
+    if device_type != "cuda" or name == "lower_weight_grad":
         raise Unsupported(f"no kernels for {device_type}")
     if not has_triton_package():
         raise Unsupported("Triton is not installed (pip install triton)")

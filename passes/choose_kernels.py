@@ -7,8 +7,10 @@ ask the cost model. A plan given by the user is checked against the weights and 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from .. import cost
 from ..devices import AnyDevice
 from ..devices import device as present_device
 from ..errors import LayerError, PlanError
+from ..gpu_devices import GpuSpec
 from ..layout import swap_channels
 from ..pattern import BlockPattern, BlockShape
 from ..plan import DENSE, Decision, Plan, Site
@@ -36,6 +39,7 @@ def choose_kernels(
     allow_dense: bool = True,
     hints: Mapping[str, int] | None = None,
     plan: Plan | None = None,
+    inductor: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The `Plan` for `gm`.
 
@@ -46,6 +50,7 @@ def choose_kernels(
         allow_dense: False forces a kernel wherever one exists ("never" in the backend's options).
         hints: values for symbolic sizes; by default those seen while tracing.
         plan: obey these decisions for the layers they name.
+        inductor: Inductor's options, some of which change what dense layers and launches cost on a GPU.
 
     Raises:
         PlanError: if `plan` would drop nonzero weights or names a kernel that does not exist.
@@ -62,6 +67,8 @@ def choose_kernels(
             decisions.append(Decision(site, DENSE, f"stays dense: {obstacle}"))
             continue
         spec = device or present_device(site.device)
+        if isinstance(spec, GpuSpec):
+            spec = spec.as_compiled(inductor or {})
         if device is not None and not site.device.startswith(device.type):
             site = replace(site, device=device.type)
         weight = values.get(call.weight)
@@ -89,7 +96,17 @@ def find_patterns(
             "Find where training diverged, or load a good checkpoint.",
         )
     canonical = swap_channels(weight, call.groups) if call.transposed else weight
-    return zero_block_patterns(canonical, site.groups, shapes)
+    return _without_needless_columns(zero_block_patterns(canonical, site.groups, shapes))
+
+
+def _without_needless_columns(patterns: list[BlockPattern]) -> list[BlockPattern]:
+    """Columns `(bh, 1)` stay where wider tiles of their height keep over 5 % more weights than they do."""
+    wide = {p.block_shape[0]: p.kept_elements for p in patterns if p.block_shape[1] > 1}
+    return [
+        p
+        for p in patterns
+        if p.block_shape[1] > 1 or p.kept_elements * 1.05 < wide.get(p.block_shape[0], math.inf)
+    ]
 
 
 def _obstacle_here(site: Site) -> str | None:

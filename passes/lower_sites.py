@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from .. import ops as _ops  # noqa: F401  registers the operators that are put into the graph
 from ..errors import PlanError
 from ..plan import Decision, Plan, Site
 from ..variants import VARIANTS, KernelConfig
@@ -55,7 +56,7 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
     assert weight is not None
     packed = VARIANTS[decision.kernel].pack(weight, pattern)
     kernel = KernelConfig(decision.kernel, dict(decision.config)).encode(pattern)
-    bias = call.bias if _is_per_channel(call.bias, site) else None
+    bias = call.bias if is_per_channel(call.bias, site) else None
     with gm.graph.inserting_before(call.node):
         operands = (
             call.input,
@@ -70,7 +71,7 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
         else:
             padding = [p for pair in site.padding for p in pair]
             geometry = (list(site.kernel_size), list(site.stride), padding, list(site.dilation))
-            last = _is_channels_last(call.node)
+            last = is_channels_last(call.node)
             new = gm.graph.call_function(
                 torch.ops.blocksparse.conv.default, (*operands, *geometry, last, kernel)
             )
@@ -84,13 +85,13 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
     erase_unused(gm, [call.weight])
 
 
-def _is_per_channel(bias: Node | None, site: Site) -> bool:
+def is_per_channel(bias: Node | None, site: Site) -> bool:
     """Whether the kernel can add the bias: linear layers also broadcast other shapes."""
     value = tensor_meta(bias) if bias is not None else None
     return value is not None and tuple(value.shape) == (site.out_channels,)
 
 
-def _is_channels_last(node: Node) -> bool:
+def is_channels_last(node: Node) -> bool:
     """Whether the dense layer's output is laid out channels-last (as tracing found it)."""
     out = tensor_meta(node)
     return out is not None and out.dim() > 3 and out.stride(-1) == out.shape[1] and out.shape[1] > 1

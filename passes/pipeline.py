@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule
 
@@ -31,6 +32,7 @@ class PassContext:
     block_shape: BlockShape | None = None
     allow_dense: bool = True
     given_plan: Plan | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
     tune: Callable[[GraphModule, Plan], Plan] | None = None
     plan: Plan = field(default_factory=Plan)
     on_pass: Callable[[str, GraphModule, int], None] | None = None
@@ -43,6 +45,7 @@ def _choose(gm: GraphModule, context: PassContext) -> int:
         block_shape=context.block_shape,
         allow_dense=context.allow_dense,
         plan=context.given_plan,
+        inductor=context.inductor,
     )
     if context.tune is not None and context.given_plan is None:
         context.plan = context.tune(gm, context.plan)

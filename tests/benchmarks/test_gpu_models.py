@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu_models, report, resnext, zoo
+from benchmarks import gpu_models, pictures, report, resnext, zoo
 
 
 def _small() -> zoo.Network:
@@ -34,7 +34,7 @@ def test_a_run_without_a_gpu(monkeypatch, tmp_path, capsys):
         assert row["error"] < 0.02
         assert "dense" not in row["kernels"]
         assert set(row["compile_seconds"]) == {"inductor", "ours"}
-    assert (tmp_path / "models.png").stat().st_size > 1000
+    assert (tmp_path / "models.png").exists() == pictures.can_draw()
     assert "triton_" in capsys.readouterr().out
 
 

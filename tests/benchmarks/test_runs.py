@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import layers, models, pictures, shapes, zoo
+from benchmarks import layers, models, pictures, readme, shapes, training, zoo
 from benchmarks.ours import compile_layers, newest_plan
 
 BLOCK = (32, 32)
@@ -82,3 +82,32 @@ def test_a_wrong_model_is_not_timed() -> None:
 def test_the_masks_of_dbsr_leave_the_published_shares_of_resnet50() -> None:
     _, kept = models.pruned("resnet50", "DBSR-B", BLOCK)
     assert kept == pytest.approx(13.36 / 25.56, abs=0.005)
+
+
+def test_training_rows_hold_both_forms_and_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(stage: str, batch: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(256, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1))
+        x = torch.randn(batch, 256, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
+        return model, x, torch.randn(batch, 256, 14, 14)
+
+    monkeypatch.setattr(training, "build", build)
+    with torch.enable_grad():
+        rows = list(training.measure("layer3", 2, 32, (0.25,), budget=0))
+    assert [row["form"] for row in rows] == ["masked", "folded"]
+    for row in rows:
+        assert set(row["dense"]) == {"eager", "inductor"}
+        assert row["sparse_layers"] == 2
+        assert row["error"] < 1e-5
+    training.print_rows(rows)
+    assert readme.training({"rows": rows}).count("\n") == 3
+
+
+def test_a_wrong_training_step_is_not_timed() -> None:
+    model = nn.Linear(4, 4)
+    x, grad = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4)
+    with torch.enable_grad():
+        step = training.training_step(model, model, x, grad)
+        wrong = lambda: [1.01 * g for g in step()]  # noqa: E731
+        with pytest.raises(RuntimeError, match="nothing was timed"):
+            training.check(wrong, model, x, grad)

@@ -66,6 +66,7 @@ CONFIGURATIONS = [
     GpuCase((3, 128), 128, (), (128, 64), parameters={"swapped": 1, "pixels": 16}),
     GpuCase((1, 128, 5, 5), 256, (3, 3), (128, 64), padding=ONE, density=0.3, parameters={"pixels": 16}),
     GpuCase((1, 128, 5, 5), 16, (1, 1), (16, 128)),
+    GpuCase((1, 64, 6, 6), 64, (3, 3), (32, 32), padding=ONE, parameters={"step": 2, "l1": 1}),
     # More taps than a mask has bits.
     GpuCase((1, 16, 7, 7), 16, (7, 5), padding=(3, 3, 2, 2), density=0.4, parameters={"step": 4}),
     GpuCase((1, 16, 40), 16, (33,), padding=(16, 16), parameters={"step": 2, "swapped": 1}),

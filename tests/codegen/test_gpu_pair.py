@@ -45,6 +45,7 @@ CASES = [
     case((1, 16, 3, 4, 5), 48, (3, 1, 3), padding=(1, 1, 0, 0, 1, 1)),
     case((5, 64), 96),
     case((2, 3, 40), 50, bias=False),
+    case((2, 32, 6, 6), 128, (3, 3), (64, 32), padding=ONE, parameters={"l1": 1}),
     # In boxes of pixels; with strides that boxes cannot take.
     case((3, 32, 7, 7), 192, (3, 3), (64, 32), padding=ONE, parameters=box(2, 8, 8)),
     case((2, 32, 6, 6), 128, (3, 3), (64, 32), stride=(2, 2), padding=ONE, parameters=box(1, 4, 4)),

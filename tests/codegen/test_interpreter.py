@@ -100,3 +100,38 @@ def test_triton_is_left_as_it_was():
         type(product).__call__,
     )
     assert before == after
+
+
+@triton.jit
+def arithmetic(a, b, out, n, A: tl.constexpr, B: tl.constexpr):
+    """Every operator that has a short cut, on blocks that broadcast, scalars and numbers."""
+    i, j = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
+    x, y, scalar = tl.load(a + i * B + j), tl.load(b + j), tl.load(b)
+    k = tl.program_id(0)
+    tl.store(out + (0 * n + i) * B + j, x + y - scalar * 3)
+    tl.store(out + (1 * n + i) * B + j, 3 * x - (7 - y) * (scalar + x) + k)
+    tl.store(out + (2 * n + i) * B + j, ((x < y) & (x <= scalar) | (y > 2)).to(out.dtype.element_ty))
+    tl.store(out + (3 * n + i) * B + j, ((i + 1 >= j) & (n > j)).to(out.dtype.element_ty) + (x >= 0))
+    tl.store(out + (4 * n + i) * B + j, (x == y).to(out.dtype.element_ty) + (x != y).to(out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.float16, torch.bfloat16])
+def test_short_cuts_change_nothing(dtype, monkeypatch):
+    from blocksparse_compiler.codegen import interpreter
+
+    a, b = (
+        torch.randint(-9, 9, shape, generator=torch.manual_seed(0)).to(dtype) for shape in ((8, 16), (16,))
+    )
+    results = []
+    for shortcuts in (interpreter.shortcuts, lambda: ()):
+        monkeypatch.setattr(interpreter, "shortcuts", shortcuts)
+        out = torch.zeros(5, 8, 16, dtype=dtype)
+        interpret(arithmetic.fn, {"a": a, "b": b, "out": out, "n": 8}, {"A": 8, "B": 16}, (1, 1, 1))
+        results.append(out)
+    assert torch.equal(*results)
+    i, j = torch.arange(8)[:, None], torch.arange(16)
+    first = a + b - b[0] * 3
+    second = 3 * a - (7 - b) * (b[0] + a)
+    third = ((a < b) & (a <= b[0]) | (b > 2)).to(dtype)
+    fourth = ((i + 1 >= j) & (j < 8)).to(dtype) + (a >= 0)
+    assert torch.equal(results[0], torch.stack([first, second, third, fourth, torch.ones_like(a)]))

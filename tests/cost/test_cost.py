@@ -198,7 +198,9 @@ def test_lower_blocks_are_never_more_efficient_and_width_does_not_matter():
     site = conv_site()
     rates = [roofline.efficiency(site, (height, 8), SPEC) for height in (1, 2, 4, 8, 16, 32, 64)]
     assert rates == sorted(rates) and 0 < rates[0] < rates[-1] <= 1
-    assert len({roofline.efficiency(site, (16, width), SPEC) for width in (1, 4, 16, 64)}) == 1
+    assert len({roofline.efficiency(site, (16, width), SPEC) for width in (2, 4, 16, 64)}) == 1
+    assert len({roofline.efficiency(site, (32, width), SPEC) for width in (1, 4, 16, 64)}) == 1
+    assert roofline.efficiency(site, (16, 1), SPEC) < roofline.efficiency(site, (16, 2), SPEC)
 
 
 def test_figures_of_a_variant_come_first():

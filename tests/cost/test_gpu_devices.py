@@ -15,6 +15,7 @@ from blocksparse_compiler import devices
 from blocksparse_compiler.errors import OptionError
 from blocksparse_compiler.gpu_devices import NUMBERS, SPECS, GpuSpec, spec_of
 from blocksparse_compiler.gpu_spec import PRECISIONS
+from blocksparse_compiler.variants import VARIANTS
 
 # Field: (lowest, highest) over every GPU that can run this package; a figure outside has a wrong unit.
 RANGES = {
@@ -28,6 +29,7 @@ RANGES = {
     "shared_bytes_per_block": (48 * 2**10, 512 * 2**10),
     "shared_bytes_per_multiprocessor": (48 * 2**10, 512 * 2**10),
     "shared_bytes_per_clock_per_multiprocessor": (64, 512),
+    "l1_bytes_per_multiprocessor": (16 * 2**10, 512 * 2**10),
     "registers_per_multiprocessor": (32768, 262144),
     "threads_per_multiprocessor": (1024, 2048),
     "warp_threads": (32, 64),
@@ -38,8 +40,8 @@ RANGES = {
 }
 FRACTIONS = {
     *(f"dense/{kind}" for kind in ("linear", "spatial", "pointwise", "grouped", "depthwise")),
-    *("dense/template", "dense/few_rows", "dram", "l2"),
-    *("triton_gather", "triton_box", "triton_pair", "triton_decode"),
+    *("dense/template", "dense/few_rows", "dram", "l2", "l1"),
+    *(name for name, row in VARIANTS.items() if row.device == "cuda"),
 }
 
 
@@ -133,7 +135,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8
 
 
 def test_the_page_has_these_figures():
-    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|([ \d.|]+)\|$", PAGE, re.MULTILINE)
     assert [name for name, _ in rows] == list(SPECS)
     for name, cells in rows:
         spec, peak = SPECS[name], SPECS[name].peak_flops_per_second
@@ -145,6 +147,11 @@ def test_the_page_has_these_figures():
             spec.l2_bytes_per_second / 1e12,
             spec.dram_bytes_per_second / 1e12,
         ]
+
+
+def test_the_page_names_the_kernels():
+    named = re.findall(r"^\| `(triton_\w+)` \|", PAGE, re.MULTILINE)
+    assert set(named) == {name for name, row in VARIANTS.items() if row.device == "cuda"}
 
 
 def test_the_page_counts_products_per_byte_correctly():

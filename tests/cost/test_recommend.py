@@ -63,11 +63,24 @@ def test_the_finest_shape_near_the_fastest_is_recommended(on_h200):
 def test_layers_that_never_pay_say_why(on_h200):
     notes = {name: layer.note for layer in on_h200.layers for name in layer.names}
     assert notes["resnet.embedder.embedder.convolution"] == "its weight is smaller than any tile"
-    thin = [layer for layer in on_h200.layers if layer.site.input_shape[2:] == (56, 56) and layer.note]
-    assert any("activations" in layer.note for layer in thin)
     for layer in on_h200.layers:
         assert bool(layer.note) == (not any(layer.break_even.values()))
         assert not layer.note or all(x == 1 for by in layer.speedups.values() for x in by.values())
+
+
+def test_thin_layers_gain_only_where_dense_ones_run_in_two_kernels():
+    images = torch.empty(256, 64, 56, 56, device="meta", dtype=torch.bfloat16)
+    bare, followed = (
+        nn.Sequential(nn.Conv2d(64, 256, 1, bias=bias, device="meta", dtype=torch.bfloat16), *more)
+        for bias, more in ((False, ()), (True, (nn.ReLU(),)))
+    )
+    (layer,) = bsc.recommend_block_shape(bare, images, device="h200").layers
+    assert "reading and writing activations" in layer.note
+    (layer,) = bsc.recommend_block_shape(followed, images, device="h200").layers
+    assert layer.speedups[64, 64][0.25] > 1.5
+    fused = SPECS["h200"].as_compiled({"max_autotune": True})
+    (layer,) = bsc.recommend_block_shape(followed, images, device=fused).layers
+    assert "reading and writing activations" in layer.note
 
 
 def test_break_even_agrees_with_the_speedups(on_h200):

@@ -1,0 +1,161 @@
+"""`blocksparse::weight_grad` as a C++ kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from .gradient_template import GradientTile, TileGradientTemplate
+from .inductor_api import ir, lowerings, parallel_num_threads, pick_vec_isa
+from .lowering_errors import Unsupported
+from .tiling import ConvGeometry, Size, as_int, equal, is_static
+
+PANEL_BYTES = 512 * 1024
+"""Packed at once by each thread: half of a usual L2 cache."""
+FEWEST_PIXELS, MOST_PIXELS = 48, 256
+"""Of a chunk. Fewer would not pay for loading and storing the sums; more, and a panel leaves L1."""
+
+
+def gradient_tile(block_shape: tuple[int, int]) -> GradientTile | None:
+    """The register tile for blocks `(bh, bw)` on this machine; None if there is none."""
+    bh, bw = block_shape
+    isa = pick_vec_isa()
+    lanes = isa.nelements() if isa else 4
+    registers = 32 if lanes == 16 else 16
+    while lanes >= 4 and bw % lanes:
+        lanes //= 2
+    if lanes < 4 or bh % 4:
+        return None
+    vectors = 2 if bw % (2 * lanes) == 0 else 1
+    rows = max(r for r in (16, 8, 4) if bh % r == 0 and (r == 4 or r * vectors + vectors + 2 <= registers))
+    return GradientTile(lanes, vectors, rows)
+
+
+def lower_weight_grad(
+    grad: Any,
+    x: Any,
+    tile_index: Any,
+    block_shape: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Any:
+    bh, bw = block_shape
+    channel_dim = 1 if kernel_size else -1
+    out_channels, in_channels = (as_int(t.get_size()[channel_dim]) for t in (grad, x))
+    tile = gradient_tile((bh, bw))
+    if x.get_device().type != "cpu" or {t.get_dtype() for t in (x, grad)} != {torch.float32}:
+        raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
+    if tile is None or out_channels % bh or in_channels % bw:
+        raise Unsupported(f"blocks of {bh}x{bw} on {out_channels}x{in_channels} channels")
+    if len(kernel_size) not in (0, 2):
+        raise Unsupported(f"{len(kernel_size)} spatial dimensions")
+    images: Size = 1
+    if kernel_size:
+        x, grad = _channels_last(x), _packed(_channels_last(grad))
+        images, conv = _conv2d(grad, x, kernel_size, stride, padding, dilation)
+        if conv.is_flat(images):
+            conv = _flat(images * conv.output_size[0] * conv.output_size[1], conv.input_strides[2])
+            images = 1
+    else:
+        pixels = as_int(sympy.prod(x.get_size()[:-1]))
+        x, grad = (
+            ir.ExternKernel.require_contiguous(lowerings[torch.ops.aten.reshape.default](t, [pixels, c]))
+            for t, c in ((x, in_channels), (grad, out_channels))
+        )
+        conv = _flat(pixels, in_channels)
+    nodes = [
+        ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t))
+        for t in (grad, x, tile_index)
+    ]
+    for node in nodes:
+        node.freeze_layout()
+    tiles = int(tile_index.get_size()[1])
+    threads = parallel_num_threads()
+    chunk = chunk_rows(images, conv, out_channels + in_channels, threads)
+    template = TileGradientTemplate(
+        nodes,
+        ir.FixedLayout(x.get_device(), x.get_dtype(), [tiles, bh, bw]),
+        threads,
+        images=images,
+        conv=conv,
+        channels=(out_channels, in_channels),
+        tile=tile,
+        chunk=chunk,
+        tile_threads=tile_threads(images, conv, chunk, threads),
+    )
+    return template.generate().output_node()
+
+
+def chunk_rows(images: Size, conv: ConvGeometry, channels: int, threads: int) -> int:
+    """Output rows to pack at once."""
+    oh, ow = conv.output_size
+    if not is_static(ow):
+        return 4
+    most = min(MOST_PIXELS, max(FEWEST_PIXELS, PANEL_BYTES // (4 * channels)))
+    rows = max(1, most // int(ow))
+    if not is_static(oh):
+        return rows
+    chunks = -(-int(oh) // rows)
+    if is_static(images) and images * chunks > 1:  # equal shares for all threads
+        each = max(1, threads // int(images)) if images < threads else 1
+        chunks = -(-chunks // each) * each
+    return -(-int(oh) // chunks)
+
+
+def tile_threads(images: Size, conv: ConvGeometry, chunk: int, threads: int) -> int:
+    """Threads that share tiles, because there are too few pixels to share."""
+    if not is_static(images) or not is_static(conv.output_size[0]):
+        return 1
+    chunks = int(images) * -(-int(conv.output_size[0]) // chunk)
+    divisors = [n for n in range(1, threads + 1) if threads % n == 0]
+    return min(divisors, key=lambda n: (-(-chunks // (threads // n)) / n, n))
+
+
+def _channels_last(t: Any) -> Any:
+    t.realize()
+    t = ir.ExternKernel.require_channels_last(t)
+    if as_int(t.get_stride()[1]) != 1:
+        raise Unsupported(f"strides {t.get_stride()}")
+    return t
+
+
+def _packed(t: Any) -> Any:
+    """Channels-last without gaps."""
+    _, channels, height, width = t.get_size()
+    expected = (height * width * channels, 1, width * channels, channels)
+    dense = all(n == 1 or equal(s, e) for n, s, e in zip(t.get_size(), t.get_stride(), expected, strict=True))
+    return t if dense else _channels_last(ir.ExternKernel.copy_input(t))
+
+
+def _conv2d(
+    grad: Any,
+    x: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Size, ConvGeometry]:
+    n, _, *size = map(as_int, x.get_size())
+    image_stride, _, row_stride, pixel_stride = map(as_int, x.get_stride())
+    if not is_static(pixel_stride):
+        raise Unsupported(f"strides {x.get_stride()} of the input")
+    conv = ConvGeometry(
+        input_size=tuple(size),
+        output_size=tuple(map(as_int, grad.get_size()[2:])),
+        input_strides=(image_stride, row_stride, pixel_stride),
+        kernel_size=tuple(kernel_size),
+        stride=tuple(stride),
+        pad_begin=tuple(padding[::2]),
+        dilation=tuple(dilation),
+    )
+    return n, conv
+
+
+def _flat(pixels: Size, step: int) -> ConvGeometry:
+    """Pixels one below the other: rows can be cut anywhere."""
+    return ConvGeometry((pixels, 1), (pixels, 1), (0, step, step))

@@ -1,0 +1,78 @@
+"""Decides for every site of a training graph whether it runs on kept tiles. Changes nothing.
+
+Only zeros that training cannot change count: those of fixed masks, frozen scales and folded layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.fx import GraphModule
+
+from ..devices import DeviceSpec
+from ..devices import device as present_device
+from ..pattern import BlockPattern, BlockShape
+from ..plan import DENSE, Decision, Plan, Site
+from ..training_cost import choose_training as choose
+from ..variants import block_shapes
+from ..zero_blocks import zero_block_patterns
+from .calls import LayerCall, tensor_meta
+from .choose_kernels import traced_sizes
+from .find_sites import sites_with_calls
+from .fixed_weights import FixedWeight, FixedWeights
+
+
+def choose_training(
+    gm: GraphModule,
+    weights: FixedWeights,
+    *,
+    block_shape: BlockShape | None = None,
+    allow_dense: bool = True,
+    hints: Mapping[str, int] | None = None,
+    plan: Plan | None = None,
+) -> Plan:
+    """The `Plan` for a training step of `gm`.
+
+    Args:
+        weights: of this graph.
+        block_shape, allow_dense, hints: as in `choose_kernels`.
+        plan: layers that it leaves dense stay dense.
+    """
+    hints = {**traced_sizes(gm), **(hints or {})}
+    dense = {d.site.name for d in plan or () if d.is_dense}
+    decisions = []
+    for call, site in sites_with_calls(gm):
+        weight = weights.get(call.weight)
+        obstacle = "the plan says so" if site.name in dense else _obstacle(call, site, weight)
+        if obstacle or weight is None:
+            decisions.append(Decision(site, DENSE, f"trains dense: {obstacle}"))
+            continue
+        spec = present_device(site.device)
+        assert isinstance(spec, DeviceSpec)
+        patterns = _patterns(site, weights, weight, block_shapes(site.device, block_shape))
+        decisions.append(choose(site, patterns, spec, allow_dense=allow_dense, hints=hints))
+    return Plan(tuple(decisions), present_device("cpu").name)
+
+
+def _obstacle(call: LayerCall, site: Site, weight: FixedWeight | None) -> str | None:
+    if site.device != "cpu":
+        return f"no kernels for gradients on {site.device}"
+    if site.transposed:
+        return "no kernels for transposed convolutions"
+    x = tensor_meta(call.input)
+    if x is None or x.dtype != torch.float32 or site.dtype != "float32":
+        return f"no kernels for gradients of {site.dtype}"
+    if 0 in site.input_shape:
+        return "its input is empty"
+    if weight is None:
+        return "all of its weight can change"
+    return None
+
+
+def _patterns(
+    site: Site, weights: FixedWeights, weight: FixedWeight, shapes: Sequence[BlockShape]
+) -> list[BlockPattern]:
+    patterns = [p for p in zero_block_patterns(weight.probe, site.groups, shapes) if p.num_kept]
+    # A folded layer's own tiles need no gathering.
+    return [p for p in patterns if weights.holds_tiles(weight, p)] or patterns

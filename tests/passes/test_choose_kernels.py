@@ -1,0 +1,53 @@
+"""Which tiles are looked for in a weight, and that those found are run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from blocksparse_compiler import BlockPattern, trace
+from blocksparse_compiler.backend import compiled_graphs
+from blocksparse_compiler.passes.choose_kernels import choose_kernels
+
+
+def pruned(layer: nn.Module, block_shape: tuple[int, int], density: float = 0.2) -> nn.Module:
+    """The layer in inference mode, with that share of its blocks, drawn by chance."""
+    full = BlockPattern.full(layer.weight.shape, block_shape)
+    kept = torch.rand(full.grid_shape, generator=torch.Generator().manual_seed(0)) < density
+    layer.weight.data = full.with_kept(kept).apply(layer.weight.data)
+    return layer.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("height", [32, 16])
+def test_columns_are_found_and_run(height):
+    layer, x = pruned(nn.Conv2d(128, 64, 3, padding=1), (height, 1)), torch.randn(8, 128, 14, 14)
+    torch._dynamo.reset()
+    fast = torch.compile(layer, backend="blocksparse", fullgraph=True, options={"dense": "never"})
+    torch.testing.assert_close(fast(x), layer(x), rtol=1e-4, atol=1e-5)
+    (decision,) = compiled_graphs()[-1].plan
+    assert decision.pattern.block_shape == (height, 1)
+    assert decision.pattern.kept_elements == int(layer.weight.ne(0).sum())
+
+
+@pytest.mark.parametrize("edge", [32, 16, 8])
+def test_columns_that_spare_nothing_are_no_candidates(edge):
+    layer = pruned(nn.Conv2d(64, 64, 3), (edge, edge))
+    (decision,) = choose_kernels(trace(layer, torch.randn(2, 64, 9, 9)), allow_dense=False)
+    assert f"cpu_f32 {edge}x{edge}" in decision.estimates
+    assert f"cpu_f32 {edge}x1" not in decision.estimates
+
+
+def test_columns_asked_for_are_taken():
+    layer = pruned(nn.Linear(64, 64), (32, 32))
+    gm = trace(layer, torch.randn(2, 64))
+    (decision,) = choose_kernels(gm, block_shape=(16, 1), allow_dense=False)
+    assert decision.pattern.block_shape == (16, 1)
+
+
+def test_layers_with_few_input_channels_are_read_in_columns():
+    layer = nn.Conv2d(3, 32, 3).eval()
+    layer.weight.data[:, 1] = 0
+    (decision,) = choose_kernels(trace(layer, torch.randn(1, 3, 9, 9)), allow_dense=False)
+    assert decision.pattern.block_shape == (32, 1) and decision.pattern.density == pytest.approx(2 / 3)
