@@ -27,6 +27,8 @@ def test_planted_support_is_found():
 
 
 def test_every_method_trains_folds_compiles_and_is_drawn(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
     rows = compare_methods.compare((0.2,), 1, 1, "cpu")
     assert [row.method for row in rows] == [
         "dense", "DBSR", "exact budget", "attention", "magnitude", "random", "band", "periodic",

@@ -6,12 +6,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import blocksparse_compiler as bsc
 from examples import train as recipes
 from examples.datasets import DATASETS, IGNORE, DataError
 from examples.paper_networks import NETWORKS, VGG11, vgg
+
+Image = pytest.importorskip("PIL.Image")
 
 
 def write_cifar(root, classes, binary):
@@ -158,6 +159,7 @@ def test_a_resumed_training_is_the_same(how, tiny, tmp_path):
 
 
 def test_from_the_command_line_to_the_folded_model(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
     from typer import Typer
     from typer.testing import CliRunner
 
