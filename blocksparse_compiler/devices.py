@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .errors import OptionError
 from .figures import Figures
@@ -304,6 +305,13 @@ def device(which: str | torch.device | AnyDevice | os.PathLike[str] | None = Non
         f"CPUs: {', '.join((HOST, *SPECS))}. GPUs: cuda (the present one), {', '.join(GPU_SPECS)}. "
         "Or a .json file written from a spec's to_json.",
     )
+
+
+def home(model: torch.nn.Module, inputs: Iterable[Any] = ()) -> str | None:
+    """`"cuda:1"` for a model with tensors or inputs there; None for one on the CPU."""
+    tensors = (*model.parameters(), *model.buffers(), *tree_leaves(list(inputs)))
+    found = (str(t.device) for t in tensors if isinstance(t, torch.Tensor) and t.device.type == GpuSpec.type)
+    return next(found, None)
 
 
 def _from_file(name: str) -> AnyDevice:

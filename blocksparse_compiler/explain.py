@@ -11,7 +11,7 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 
 from .cost import format_seconds
-from .devices import AnyDevice
+from .devices import AnyDevice, home
 from .devices import device as find_device
 from .errors import OptionError
 from .gpu_devices import GpuSpec
@@ -119,7 +119,7 @@ def explain(
         model: a module; it is read, not changed.
         example_inputs: what `model(*example_inputs)` takes.
         device: name of a known CPU or GPU, `"cuda"` for the present GPU, a `DeviceSpec` or `GpuSpec`, or
-            `None` for this machine.
+            `None` for the device that the model is on.
         block_shape: consider only this tile; by default every supported one.
         dense: `"auto"`, or `"never"` for a block-sparse kernel wherever one exists.
 
@@ -135,7 +135,7 @@ def explain(
     from .planning import plan as make_plan
     from .trace import trace
 
-    spec = find_device(device)
+    spec = find_device(home(model, example_inputs) if device is None else device)
     graph = trace(model, *example_inputs)
     plan = make_plan(graph, spec, block_shape=block_shape, allow_dense=dense == "auto")
     return Explanation(plan, spec, model, example_inputs)

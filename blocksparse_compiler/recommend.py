@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import cost, variants
-from .devices import AnyDevice
+from .devices import AnyDevice, home
 from .devices import device as find_device
 from .errors import OptionError
 from .gpu_devices import GpuSpec
@@ -49,7 +49,7 @@ def recommend_block_shape(
     Args:
         model: before or after training; its weights do not matter, and may be on the meta device.
         example_inputs: what `model(*example_inputs)` takes. The batch size matters.
-        device: as in `explain`; `None` is this machine.
+        device: as in `explain`; `None` is the device that the model is on.
         dtype: plan for layers of this dtype; by default, that of the model.
         block_shapes: `(bh, bw)` to compare, output by input channels; by default, those that suit `device`.
         densities: shares of kept blocks, in `(0, 1]`.
@@ -59,7 +59,7 @@ def recommend_block_shape(
         PatternError: for an impossible block shape.
         LayerError: if the model cannot be captured as one graph.
     """
-    spec = find_device(device)
+    spec = find_device(home(model, example_inputs) if device is None else device)
     shapes = _check_shapes(block_shapes, spec)
     shares = _check_densities(densities)
     layers = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from .gpu_descriptor import MAX_RANK, has_phases, rank
 from .gpu_template import Axis
-from .inductor_api import V, ir
+from .inductor_api import V, ir, kernels_have_scratch
 from .tiling import is_static
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ def pixels_through_pointers(parameters: Mapping[str, int | str], bh: int) -> int
 
 def _no_descriptor(x: Any, axes: tuple[Axis, ...], *, flat: bool) -> str | None:
     """Why a tensor descriptor cannot describe this input; None if it can."""
+    if not kernels_have_scratch():
+        return "there is no memory for descriptors"
     if not flat and rank(axes) > MAX_RANK:
         return f"strided taps along {len(axes)} dimensions"
     item, layout = x.get_dtype().itemsize, x.get_layout()

@@ -163,12 +163,22 @@ __all__ = [
     "fallback_handler",
     "has_triton_package",
     "ir",
+    "kernels_have_scratch",
     "lowerings",
     "ops",
     "parallel_num_threads",
     "pick_vec_isa",
     "register_lowering",
 ]
+
+
+def kernels_have_scratch() -> bool:
+    """Whether each program of a kernel gets the scratch memory that its tensor descriptors are written to.
+
+    Before torch 2.13, the C++ wrapper allocates for one program what all of them write to.
+    """
+    return not V.graph.cpp_wrapper or torch.__version__ >= (2, 13)
+
 
 # ---- Inductor without its device (mock_gpu, offline) -----------------------------------------------
 

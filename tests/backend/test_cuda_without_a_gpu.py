@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import blocksparse_compiler as bsc
-from blocksparse_compiler import gpu_timing, tune
+from blocksparse_compiler import devices, gpu_timing, tune
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
@@ -82,6 +83,18 @@ def test_16_bit_layers_on_a_cpu_stay_dense():
     assert "no kernel for bfloat16" in decision.reason
 
 
+def test_explain_plans_for_the_gpu_that_the_model_is_on(gpu, monkeypatch):
+    gpu(H200)
+    model, x = nn.Linear(8, 8), torch.randn(2, 8)
+    assert devices.home(model, (x,)) is None
+    with FakeTensorMode():
+        assert devices.home(nn.Identity(), ([torch.empty(2, device="cuda:1")],)) == "cuda:1"
+    module = importlib.import_module("blocksparse_compiler.explain")
+    monkeypatch.setattr(module, "home", lambda model, inputs: "cuda:0")
+    assert bsc.explain(model, x).device.name == "h200"
+    assert bsc.explain(model, x, device="a100").device.name == "a100"
+
+
 def test_tuned_graphs_have_the_dtype_of_the_layer():
     site = linear_site(8, 12, (2, 5))
     gm, x = tune.layer_graph(site, torch.randn(8, 12, dtype=torch.bfloat16))
@@ -104,7 +117,7 @@ def test_times_on_a_gpu_are_taken_by_events_and_kept_per_gpu(gpu, monkeypatch, t
     pattern = even_pattern(site, 0.25, (64, 64))
     for name in ("NVIDIA H200", "NVIDIA H200", "NVIDIA H100 80GB HBM3"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None, name=name: name)
-        decision = tune.measure(site, [pattern], bsc.devices.device("h200"))
+        decision = tune.measure(site, [pattern], devices.device("h200"))
         assert decision.measured
         assert not decision.is_dense
     assert measured == ["cuda:0"] * 2  # the second H200 read the first one's file

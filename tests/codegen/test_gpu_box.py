@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from gpu_cases import BFLOAT, FLOAT, HALF, GpuCase, GpuLayer, assert_close_to_fl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from layer_cases import conv_site, linear_site
+from torch.torch_version import TorchVersion
 
 from blocksparse_compiler import BlockPattern
 from blocksparse_compiler.box_variant import box_sides
+from blocksparse_compiler.codegen import gpu_boxes
+from blocksparse_compiler.codegen.inductor_api import V, kernels_have_scratch
 from blocksparse_compiler.devices import device
 from blocksparse_compiler.variants import VARIANTS
 
@@ -140,6 +144,24 @@ def test_misaligned_view_reads_through_pointers():
     for first, out in zip((4, 8), program.run(x), strict=True):
         assert_close_to_float64(layer, torch.relu(x)[:, first : first + 32], out)
     assert sum(DESCRIPTOR in kernel.source for kernel in program.templates) == 1
+
+
+def test_without_memory_for_descriptors_reads_through_pointers(monkeypatch):
+    layer = GpuLayer(case((2, 32, 5, 5), 64, (3, 3), padding=ONE, dtype=HALF, parameters=box(1, 4, 8)))
+    monkeypatch.setattr(gpu_boxes, "kernels_have_scratch", lambda: False)
+    x = layer.case.input()
+    program = generate(layer, x)
+    assert DESCRIPTOR not in program.templates[0].source
+    assert_close_to_float64(layer, x, program.run(x))
+
+
+@pytest.mark.parametrize("version, expected", [("2.11.0+cu130", False), ("2.13.0", True)])
+def test_cpp_wrapper_has_scratch_memory_from_2_13_on(monkeypatch, version, expected):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    with V.set_graph_handler(SimpleNamespace(cpp_wrapper=True)):
+        assert kernels_have_scratch() is expected
+    with V.set_graph_handler(SimpleNamespace(cpp_wrapper=False)):
+        assert kernels_have_scratch()
 
 
 def test_dynamic_batch():
