@@ -126,7 +126,7 @@ def test_pruned_weights_get_no_gradient_and_may_return():
 
 
 def test_masks_may_change_after_compiling_for_training(monkeypatch):
-    """Outputs and gradients are those of eager before pruning, after it, and after another choice of blocks."""
+    """Outputs and gradients are those of eager before pruning, after it, and after another choice."""
     monkeypatch.setenv("BLOCKSPARSE_CALIBRATE", "0")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
