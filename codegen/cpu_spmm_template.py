@@ -1,6 +1,6 @@
 """Layers of scattered weights: vectors of pixels, one multiply-add per vector and weight.
 
-The output still is a matrix `[pixels, out_channels]` in memory, and Inductor's epilogue runs on 16x16 tiles of it.
+The output still is a matrix `[pixels, out_channels]`, and Inductor's epilogue runs on 16x16 tiles of it.
 """
 
 from __future__ import annotations

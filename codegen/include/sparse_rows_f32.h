@@ -13,14 +13,46 @@ namespace block_sparse {
 constexpr int64_t SIDE = 16;
 
 // to[j][i] = from[i][j]
+#if defined(CPU_CAPABILITY_AVX512)
 BLOCK_SPARSE_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  const auto pairs = [](const __m512& a) { return _mm512_castps_pd(a); };
+  __m512 a[SIDE], b[SIDE];
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) a[i] = _mm512_loadu_ps(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < SIDE; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < SIDE; i += 4) {
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(b[i]), pairs(b[i + 2])));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(b[i]), pairs(b[i + 2])));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(b[i + 1]), pairs(b[i + 3])));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(b[i + 1]), pairs(b[i + 3])));
+  }
+  // Each quarter of a[4 * q + j] now holds column j of that quarter, rows 4 * q to 4 * q + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), odd01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(even01, even23, 0x88));
+    _mm512_storeu_ps(to + (4 + j) * to_stride, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+    _mm512_storeu_ps(to + (8 + j) * to_stride, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+    _mm512_storeu_ps(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+  }
+}
+#else
+BLOCK_SPARSE_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+#if defined(CPU_CAPABILITY_AVX2)
   at::vec::transpose_mxn<float, SIDE, SIDE>(from, from_stride, to, to_stride);
 #else
   for (int64_t j = 0; j < SIDE; ++j)
     for (int64_t i = 0; i < SIDE; ++i) to[j * to_stride + i] = from[i * from_stride + j];
 #endif
 }
+#endif
 
 // Memory of a thread, 64-byte aligned, that later calls find warm.
 inline float* panel_memory(int64_t floats) {
