@@ -21,7 +21,7 @@ from .plan import Site
 SIDE = 16
 """Pixels and channels of the tiles that are transposed; vectors of pixels fill whole ones."""
 
-HEIGHTS = (1, 2, 4, 8)
+HEIGHTS = (1, 2, 4)
 """Output channels that share the loads of a column."""
 
 BLOCK_SHAPES: tuple[BlockShape, ...] = tuple((height, 1) for height in HEIGHTS)
@@ -40,22 +40,25 @@ class PixelTile:
 
 
 def pixel_tiles(height: int, lanes: int, registers: int) -> list[PixelTile]:
-    """The tiles that fit registers, smallest first: accumulators, a vector of inputs, and the weights."""
+    """The tiles that fit registers, smallest first: accumulators, a vector of inputs, and the weights.
+
+    At least one: where even that is too large, the C++ compiler spills.
+    """
     unit = max(1, SIDE // lanes)
     most = (registers - 1 - height) // height
-    return [PixelTile(vectors, lanes) for vectors in range(unit, min(most, 8 * unit) + 1, unit)]
+    return [PixelTile(vectors, lanes) for vectors in range(unit, max(unit, min(most, 8 * unit)) + 1, unit)]
 
 
 def pixel_tile(
     height: int, pixels: int | None, lanes: int, registers: int, threads: int = 1, row_threads: int = 1
-) -> PixelTile | None:
-    """The tile that costs the busiest thread least; None if no tile fits.
+) -> PixelTile:
+    """The tile that costs the busiest thread least; the largest for an unknown number of pixels.
 
     Each nonzero of a tile costs its vectors and about one more, for the weight and its place.
     """
     tiles = pixel_tiles(height, lanes, registers)
-    if not tiles or pixels is None:
-        return tiles[-1] if tiles else None
+    if pixels is None:
+        return tiles[-1]
     parts = max(1, threads // row_threads)
 
     def work(tile: PixelTile) -> float:
@@ -87,8 +90,7 @@ class SparseRowsVariant(KernelVariant):
         found: list[Parameters] = []
         for row_threads in dict.fromkeys((split_rows(site, device), device.threads, 1)):
             tile = pixel_tile(height, pixels, *machine, device.threads, row_threads)
-            if tile is not None:
-                found.append({"pixels": tile.pixels, "row_threads": row_threads})
+            found.append({"pixels": tile.pixels, "row_threads": row_threads})
         return found
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:

@@ -44,7 +44,6 @@ def sparse_rows_cost(
         device.threads,
         row_threads,
     )
-    assert tile is not None, "SparseRowsVariant.configs offers no tile either"
     panels = sympy.ceiling(positions(site) / tile.pixels)
     turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
     tiles = (site.in_channels + site.out_channels / row_threads) / cpu_spmm.SIDE * tile.pixels / cpu_spmm.SIDE

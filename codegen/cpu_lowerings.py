@@ -206,8 +206,6 @@ class _Weight:
         lanes, registers = _vectors()
         wanted = self.config.parameters.get("pixels")
         tiles = pixel_tiles(self.block_shape[0], lanes, registers)
-        if not tiles:
-            raise Unsupported(f"block height {self.block_shape[0]}")
         return max(
             (t for t in tiles if wanted is None or t.pixels <= int(wanted)),
             key=lambda t: t.pixels,

@@ -1,4 +1,4 @@
-// Sparse weights by dense pixels, fp32: blocks of one input channel and 1 to 8 output channels.
+// Sparse weights by dense pixels, fp32: blocks of one input channel and 1, 2 or 4 output channels.
 //
 //   out[p][o] = bias[o] + sum over nonzeros (o, c) of x[p][c] * w[o][c]
 //
