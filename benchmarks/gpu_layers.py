@@ -26,14 +26,16 @@ import typer
 
 from blocksparse_compiler import tuned_table
 
-from . import gpu_cases, gpu_machine, gpu_pictures, pictures, report
+from . import gpu_cases, gpu_machine, gpu_pictures, gpu_tuned, pictures, report
 from .gpu_cases import Cell
-from .gpu_rows import CellPlan, Row, measure_group, tuned_entries
+from .gpu_rows import CellPlan, Row, measure_group
 from .gpu_run import CudaRunner, Runner, check, placed_weight, runner_for
 from .gpu_worker import Pool, Worker
 
 GRACE_SECONDS = 25
 """After the deadline, for the group under way; then the process ends itself."""
+LAST_CHECK_SECONDS = 20
+"""Before the deadline no check begins, so that what passed is still timed."""
 AUTOTUNE_SECONDS = 90
 """Left over at least, for one more max-autotuned baseline to begin."""
 
@@ -77,7 +79,7 @@ class Session:
         if pool is None:
             answers: Any = ((c, _answer(self.runner, c)) for c in candidates)
         else:
-            answers = pool.check(candidates, self.deadline)
+            answers = pool.check(candidates, self.deadline - LAST_CHECK_SECONDS)
         for candidate, answer in answers:
             by_cell[candidate.cell].answers[candidate.label] = answer
             if "failed" in answer:
@@ -196,11 +198,10 @@ def run(
 
 def finish(session: Session, tuned: bool, folder: Path) -> None:
     """The tuned table, the picture, and the table on the terminal last."""
-    rows, spec = session.rows, session.runner.spec
+    rows = session.rows
     if tuned:
         target = tuned_table.FOLDER if folder == report.RESULTS else folder
-        with_what = {key: str(session.facts["machine"][key]) for key in ("gpu", "torch", "triton", "date")}
-        tuned_table.write(target / f"{spec.name}.json", spec.name, tuned_entries(rows), with_what)
+        gpu_tuned.write([{**session.facts, "rows": rows}], target)
     if pictures.can_draw():
         gpu_pictures.draw_layers(rows, session.path.with_suffix(".png"))
     gpu_pictures.print_layers(rows, session.facts)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blocksparse_compiler import Decision, cost
 from blocksparse_compiler.plan import DENSE
-from blocksparse_compiler.variants import VARIANTS, block_shapes
+from blocksparse_compiler.variants import block_shapes
 from blocksparse_compiler.zero_blocks import zero_block_patterns
 
 from . import gpu_baselines, report
@@ -171,7 +171,7 @@ def _row(runner: Runner, plan: CellPlan, dense: Mapping[str, Any], timings: Mapp
         "best_dense": best_dense,
         "dense_tflops": cell.dense_flops / dense_ms / 1e9,
         "libraries": libraries,
-        "auto": auto.label if chosen and auto else DENSE,
+        "auto": DENSE if auto is None else auto.label if chosen else "failed",
         "why": plan.decision.reason,
         "estimates_ms": {k: 1e3 * v for k, v in plan.decision.estimates.items()},
         "candidates": own,
@@ -206,25 +206,3 @@ def _candidate_row(runner: Runner, plan: CellPlan, candidate: Candidate, timing:
         "estimate_ms": 1e3 * estimate.evaluate(None),
         **{key: answer[key] for key in ("error", "dense_error", "seconds") if key in answer},
     }
-
-
-def tuned_entries(rows: Sequence[Row]) -> list[Row]:
-    """What `tuned_table` holds: the time of every candidate, with the class of layers that it stands for."""
-    from blocksparse_compiler import tuned_table
-
-    found = []
-    for row in rows:
-        cell = Cell.from_json(row["cell"])
-        for measured in row["candidates"]:
-            bh, bw = (int(side) for side in measured["tile"].split("x"))
-            candidate = Candidate(cell, measured["variant"], (bh, bw), measured["config"])
-            entry = tuned_table.shape_class(candidate.variant, cell.site(), candidate.pattern)
-            assert entry is not None
-            found.append({**entry, "config": measured["config"], "ms": round(measured["median_ms"], 5)})
-    return found
-
-
-def variants_of(rows: Sequence[Row]) -> list[str]:
-    """Kernel variants that were timed, in the order of the table."""
-    seen = {c["variant"] for row in rows for c in row["candidates"]}
-    return [name for name in VARIANTS if name in seen]

@@ -29,7 +29,7 @@ class Runner(ABC):
 
     Attributes:
         device: of the tensors.
-        spec: of the GPU that is planned for.
+        spec: of the GPU that is planned for, with kernels launched from CUDA graphs, as they are timed.
         least_launches: of a kernel in one timed call, to drown the cost of the call.
     """
 
@@ -66,7 +66,7 @@ class CudaRunner(Runner):
     def __init__(self) -> None:
         spec = device("cuda")
         assert isinstance(spec, GpuSpec)
-        self.spec = spec
+        self.spec = spec.with_graphs()
         lowerings.register()
         torch.backends.cudnn.benchmark = True
 
@@ -103,7 +103,7 @@ class InterpretRunner(Runner):
     def __init__(self) -> None:
         spec = device("h200")
         assert isinstance(spec, GpuSpec)
-        self.spec = spec
+        self.spec = spec.with_graphs()
 
     def compile(self, function: Callable[..., Any], arguments: Sequence[Tensor]) -> Callable[..., Any]:
         from blocksparse_compiler.codegen import offline

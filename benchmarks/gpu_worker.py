@@ -36,8 +36,10 @@ class Worker:
         self._command = list(command)
         self._process: subprocess.Popen[str] | None = None
 
-    def ask(self, job: dict[str, Any], timeout: float = TIMEOUT_SECONDS) -> Answer:
-        """The worker's answer, or `{"failed": why}`."""
+    def ask(
+        self, job: dict[str, Any], timeout: float = TIMEOUT_SECONDS, deadline: float = float("inf")
+    ) -> Answer:
+        """The worker's answer, or `{"failed": why}`; waits for neither longer (`deadline`: monotonic)."""
         fresh = self._process is None or self._process.poll() is not None
         if fresh:
             # One compiling thread each: there are as many workers as processors.
@@ -50,7 +52,10 @@ class Worker:
             self._process.stdin.flush()
         except OSError:
             return self._lost("the process ended")
-        line = self._read_line(timeout + (START_SECONDS if fresh else 0))
+        timeout += START_SECONDS if fresh else 0
+        line = self._read_line(max(0.0, min(timeout, deadline - time.monotonic())))
+        if line is None and time.monotonic() >= deadline:
+            return self._lost("no answer when time was up")
         if line is None:
             return self._lost(f"no answer within {timeout:.0f} s: it hangs")
         if not line:
@@ -85,7 +90,7 @@ class Pool:
     def check(
         self, candidates: Iterable[Candidate], deadline: float = float("inf")
     ) -> Iterator[tuple[Candidate, Answer]]:
-        """Candidates with their answers, as they come; none is begun after `deadline` (monotonic)."""
+        """Candidates with their answers, as they come; all that there are by `deadline` (monotonic)."""
         waiting: queue.SimpleQueue[Candidate] = queue.SimpleQueue()
         answers: queue.SimpleQueue[tuple[Candidate, Answer] | None] = queue.SimpleQueue()
         for candidate in candidates:
@@ -95,7 +100,7 @@ class Pool:
             try:
                 while time.monotonic() < deadline:
                     candidate = waiting.get_nowait()
-                    answers.put((candidate, worker.ask(candidate.to_json())))
+                    answers.put((candidate, worker.ask(candidate.to_json(), deadline=deadline)))
             except queue.Empty:
                 pass
             finally:

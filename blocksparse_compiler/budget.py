@@ -137,7 +137,7 @@ def choose_blocks(scores: Masks, budget: Budget, target: float) -> Masks:
         return _split(kept, scores)
 
     if isinstance(budget, WeightBudget):
-        return _split(_fill(order, budget, target, len(scores)), scores)
+        return _split(_fill(order, budget, math.floor(target), len(scores)), scores)
     low, high = len(scores), len(order)  # `low` blocks are taken even where they do not fit
     if budget.total(masks(high)) <= target:
         return masks(high)
@@ -147,7 +147,7 @@ def choose_blocks(scores: Masks, budget: Budget, target: float) -> Masks:
     return masks(low)
 
 
-def _fill(order: Tensor, budget: WeightBudget, target: float, always: int) -> Tensor:
+def _fill(order: Tensor, budget: WeightBudget, target: int, always: int) -> Tensor:
     """bool, flat: blocks in order until the budget is spent; one too large for the rest is passed over."""
     costs = torch.cat([e.flatten() * uses for e, uses in zip(budget.elements, budget.uses, strict=True)])
     ordered = costs[order]

@@ -110,6 +110,7 @@ def explain(
     device: str | torch.device | AnyDevice | None = None,
     block_shape: BlockShape | None = None,
     dense: str = "auto",
+    training: bool = False,
 ) -> Explanation:
     """What `torch.compile(model, backend="blocksparse")` would do with each layer, and why.
 
@@ -122,6 +123,8 @@ def explain(
             `None` for the device that the model is on.
         block_shape: consider only this tile; by default every supported one.
         dense: `"auto"`, or `"never"` for a block-sparse kernel wherever one exists.
+        training: plan training steps, forward and backward, instead of inference. Only zeros that training
+            cannot change count then; such an explanation has no `.kernels`.
 
     Returns:
         An `Explanation`: print it, or read `.plan`, `.kernels`, `.to_html(path)`.
@@ -133,10 +136,14 @@ def explain(
     if dense not in ("auto", "never"):
         raise OptionError("explain", "dense to be 'auto' or 'never'", repr(dense), "Leave it out.")
     from .planning import plan as make_plan
+    from .planning import plan_training
     from .trace import trace
 
     spec = find_device(home(model, example_inputs) if device is None else device)
     graph = trace(model, *example_inputs)
+    if training:
+        plan = plan_training(graph, spec, block_shape=block_shape, allow_dense=dense == "auto")
+        return Explanation(plan, spec)
     plan = make_plan(graph, spec, block_shape=block_shape, allow_dense=dense == "auto")
     return Explanation(plan, spec, model, example_inputs)
 

@@ -43,7 +43,9 @@ class Figures:
         for key, value in self._values().items():
             if isinstance(value, Mapping):
                 object.__setattr__(self, key, dict(value))
-        for name in self.number_names():
+        if not isinstance(self.efficiency, Mapping):
+            raise TypeError(f"efficiency {self.efficiency!r}, not a table")
+        for name in (*self.number_names(), "efficiency"):
             found = getattr(self, name)
             for value in found.values() if isinstance(found, Mapping) else (found,):
                 ok = isinstance(value, int | float) and not isinstance(value, bool)

@@ -45,7 +45,7 @@ class Programs:
     products: np.ndarray
     loads: np.ndarray
     block_rows: int = 1
-    loops: int = 1
+    loops: int | np.ndarray = 1
 
     @classmethod
     def single(cls, tiles: np.ndarray) -> Programs:
@@ -75,8 +75,10 @@ def programs(
     if isinstance(pattern, BlockPattern):
         if variant == "triton_pair":
             pairs = pair_rows(pattern)
-            products, loads = (np.array([getattr(p, n) for p in pairs], float) for n in ("products", "loads"))
-            return Programs(products, loads, block_rows=2, loops=3)
+            products, loads, loops = (
+                np.array([getattr(p, n) for p in pairs], float) for n in ("products", "loads", "loops")
+            )
+            return Programs(products, loads, block_rows=2, loops=loops)
         tiles = pattern.kept.sum((1, 2)).double().numpy()
         tiles = np.ceil(tiles / step) * step  # block rows are filled up to whole steps
     else:

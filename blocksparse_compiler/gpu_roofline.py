@@ -121,7 +121,7 @@ def _dense_fill(site: Site, device: GpuSpec) -> Number:
     length = weight_elements(site) // site.out_channels
     best: Number = 0
     for rows, columns, part in _DENSE_TILES:
-        tiles = ceiling(_positions(site) / columns) * math.ceil(site.out_channels / rows)
+        tiles = maximum(1, ceiling(_positions(site) / columns)) * math.ceil(site.out_channels / rows)
         used = _positions(site) * site.out_channels / (tiles * rows * columns)
         for split in (1, 2, 4, 8):
             if split == 1 or length >= split * _SPLIT_K:

@@ -12,6 +12,9 @@ from .figures import Figures
 MIN_ARCH = 80
 """Least compute capability, times ten, that the Triton kernels are built for."""
 PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
+DENSE = ("linear", "few_rows", "spatial", "pointwise", "grouped", "depthwise", "template")
+FRACTIONS = (*(f"dense/{kind}" for kind in DENSE), "dram", "l2", "l1", "triton_gather")
+"""What `GpuSpec.efficiency` must hold; other kernel variants default to the gather kernel's figure."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,14 @@ class GpuSpec(Figures):
                 f"peak_flops_per_second for {', '.join(PRECISIONS)}",
                 f"{', '.join(self.peak_flops_per_second) or 'none'}",
                 "Give one figure for each.",
+            )
+        missing = [name for name in FRACTIONS if name not in self.efficiency]
+        if missing:
+            raise OptionError(
+                f"GpuSpec({self.name!r})",
+                f"efficiency of {', '.join(FRACTIONS)}",
+                f"none of {', '.join(missing)}",
+                "Start from a named spec: devices.device('h200').with_figures(...).",
             )
 
     __hash__ = Figures.__hash__

@@ -38,8 +38,12 @@ DECODE_ROWS = 16
 
 
 def merged(block_shape: BlockShape) -> BlockShape:
-    """The smallest tile that a GPU kernel runs and that holds `block_shape`, or the largest there is."""
-    bh, bw = (min(LARGEST, max(SMALLEST, 1 << (side - 1).bit_length())) for side in block_shape)
+    """The tile of a GPU kernel for zero blocks of this shape.
+
+    Small sides merge into the smallest tile there is. Others are divided by the power of two in them, so that
+    edges of blocks are edges of tiles: 96 into 32, 40 into 16 (as nearly as that goes).
+    """
+    bh, bw = (min(LARGEST, max(SMALLEST, side & -side)) for side in block_shape)
     return bh, bw
 
 

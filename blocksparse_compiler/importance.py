@@ -23,7 +23,8 @@ class BudgetScale(BlockScale):
 
     The factor is `clamp(S, 0, 1)` for selected blocks and zero for others. The gradient of S passes straight
     through clamp and selection, so S of a pruned block goes on learning what the block would be worth, and
-    the block returns when its score passes another's. The score is S times the relative strength of W.
+    the block returns when its score passes another's. The score is the strength of the effective block,
+    `clamp(S, 0, 1)` times that of W.
     """
 
     selected: Tensor
@@ -48,7 +49,7 @@ class BudgetScale(BlockScale):
         return self.selected
 
     def score(self, strength: Tensor) -> Tensor:
-        return relative(strength) * whole(self.scale).to(strength).clamp(min=0)
+        return relative(strength) * whole(self.scale).to(strength).clamp(0, 1)
 
     @torch.no_grad()
     def select(self, kept: Tensor) -> None:

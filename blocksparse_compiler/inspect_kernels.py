@@ -243,7 +243,8 @@ def _compile(kernels: tuple[TritonKernel, ...], say: Progress) -> list[KernelRep
         for done, future in enumerate(as_completed(running), 1):
             reports[running[future].name] = future.result()
             say("compiling kernels", done, len(kernels))
-    return [reports[kernel.name] for kernel in kernels]
+    # What failed is tried once more by itself: Triton does not promise to compile in several threads.
+    return [r if r.compiled is not None else _report(r.kernel) for r in (reports[k.name] for k in kernels)]
 
 
 def _report(kernel: TritonKernel) -> KernelReport:

@@ -112,7 +112,7 @@ def _fill_rows(packed: PackedWeight, ends: Tensor, multiple: int) -> tuple[Packe
     is_fill = (position >= counts[row]).to(packed.values.device)
     source = (ends[row] + torch.minimum(position, counts[row] - 1)).to(packed.values.device)
     values = packed.values[source].masked_fill(is_fill[:, None, None], 0)
-    return packed._replace(values=values, tile_index=packed.tile_index[:, source]), new_ends
+    return packed._replace(values=values, tile_index=packed.tile_index[:, source].contiguous()), new_ends
 
 
 def _tiles(weight: Tensor, pattern: BlockPattern, flat: BlockPattern) -> tuple[Tensor, Tensor]:

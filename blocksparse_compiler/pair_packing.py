@@ -10,17 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .packing import OUTPUT_MAJOR, PackedWeight, pack_weight, select_tiles, tile_slots
+from .packing import OUTPUT_MAJOR, PackedWeight, pack_weight, tile_slots
 from .pattern import BlockPattern
 
-MATCHED_ROWS = 64
-"""Most out-blocks that are paired optimally, which takes 0.2 s for so many; more are paired greedily."""
+MATCHED_ROWS = 32
+"""Most out-blocks that are paired optimally, in 15 ms; time grows with the cube. More are paired greedily."""
 
 ALONE = -1
 
+FILLED = 3
+"""Up to so many tiles that one block of a pair keeps alone are not worth a loop of their own, whose pipeline
+fills and drains: together with zero tiles of the other block, they join the loop of shared ones."""
+
 
 class Pair(NamedTuple):
-    """Two out-blocks, or one and `ALONE`, and their numbers of tiles."""
+    """Two out-blocks, or one and `ALONE`, and how many places (tap, in-block) each loop visits."""
 
     a: int
     b: int
@@ -30,12 +34,17 @@ class Pair(NamedTuple):
 
     @property
     def products(self) -> int:
+        """Tiles that one program multiplies, zero ones included."""
         return 2 * self.both + self.only_a + self.only_b
 
     @property
     def loads(self) -> int:
         """Activation tiles that one program loads."""
         return self.both + self.only_a + self.only_b
+
+    @property
+    def loops(self) -> int:
+        return sum(count > 0 for count in (self.both, self.only_a, self.only_b))
 
 
 @functools.lru_cache(maxsize=256)
@@ -49,7 +58,7 @@ def pair_rows(pattern: BlockPattern) -> tuple[Pair, ...]:
     shared = kept.astype(np.float32) @ kept.T.astype(np.float32)
     # Half a tile of imbalance costs as much as half a load saved.
     value = shared - abs(tiles[:, None] + tiles - 2 * tiles.mean()) / 2
-    edges = [(a, b) for a, b in zip(*np.nonzero(np.triu(shared, 1)), strict=True)]
+    edges = np.argwhere(np.triu(shared, 1))
     match = _matching if len(kept) <= MATCHED_ROWS else _greedy
     found = {tuple(sorted(pair)) for pair in match(edges, value)}
     alone = set(range(len(kept))).difference(*found)
@@ -60,44 +69,65 @@ def pair_rows(pattern: BlockPattern) -> tuple[Pair, ...]:
 
 def shared_fraction(pattern: BlockPattern) -> float:
     """Loads of activations that pairs save, as a fraction of those without pairs (one per kept tile)."""
-    return sum(pair.both for pair in pair_rows(pattern)) / max(1, pattern.ungroup().num_kept)
+    kept = pattern.ungroup().num_kept
+    return 1 - sum(pair.loads for pair in pair_rows(pattern)) / kept if kept else 0.0
 
 
 def pack_pairs(weight: Tensor, pattern: BlockPattern) -> PackedWeight:
     """Packs output-major tiles for kernels with a program per pair of out-blocks.
 
     `row_ptr` is `[pairs, 6]`: out-block a; out-block b, or -1; then where the tiles begin that both keep,
-    those of a alone, those of b alone, and where these end. Of what both keep, tiles of a and b alternate.
+    those of a alone, those of b alone, and where these end. Of what both keep, tiles of a and b alternate;
+    a few may be zero, see `FILLED`.
     """
     packed = pack_weight(weight, pattern, OUTPUT_MAJOR)
-    slot = tile_slots(pattern.ungroup())
-    slot = torch.nn.functional.pad(slot, (0, 0, 0, 1), value=-1)  # for the block that is not there
-    order, rows, begin = [], [], 0
-    for a, b, both, only_a, only_b in pair_rows(pattern):
-        in_both = (slot[a] >= 0) & (slot[b] >= 0)
-        order += [torch.stack([slot[a], slot[b]], 1)[in_both].flatten()]
-        order += [slot[row][(slot[row] >= 0) & ~in_both] for row in (a, b)]
+    slots = torch.nn.functional.pad(tile_slots(pattern.ungroup()), (0, 0, 0, 1), value=-1)
+    tiles, places, blocks, rows, begin = [], [], [], [], 0
+    for pair in pair_rows(pattern):
+        a, b, both, only_a, only_b = pair
+        together, alone = _split(slots[[a, b]].T, pair)
+        tiles += [together.flatten(), alone]
+        places += [torch.where(together < 0, together.flip(1), together).flatten(), alone]
+        blocks += [a, b] * both + [a] * only_a + [b] * only_b
         starts = np.cumsum([begin, 2 * both, only_a, only_b]).tolist()
         rows.append([a, b, *starts])
         begin = starts[-1]
-    row_ptr = torch.tensor(rows, dtype=torch.int32, device=weight.device)
-    return select_tiles(packed, torch.cat(order))._replace(row_ptr=row_ptr)
+    device = weight.device
+    zero = packed.values.new_zeros(1, *packed.values.shape[1:])
+    values = torch.cat([packed.values, zero])[torch.cat(tiles).to(device)]
+    tile_index = packed.tile_index[:, torch.cat(places).to(device)]
+    tile_index[2] = torch.tensor(blocks, dtype=torch.int32, device=device)
+    return PackedWeight(values, torch.tensor(rows, dtype=torch.int32, device=device), tile_index)
+
+
+def _split(kept: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
+    """Tiles of the shared loop, `[both, 2]`, and of the others, out of those of a pair, `[places, 2]`.
+
+    Tile -1 is one that is not kept; in the shared loop it is zero.
+    """
+    here = kept >= 0
+    joined = torch.tensor([pair.both > 0 and count == 0 for count in (pair.only_a, pair.only_b)])
+    together = here.all(1) | (here & joined).any(1)
+    alone = here & ~together[:, None]
+    return kept[together], torch.cat([kept[alone[:, i], i] for i in range(2)])
 
 
 def _pair(a: int, b: int, both: int, tiles: np.ndarray) -> Pair:
-    return Pair(int(a), int(b), both, int(tiles[a]) - both, int(tiles[b]) - both)
+    alone = [int(tiles[row]) - both for row in (a, b)]
+    only_a, only_b = (0 if count <= FILLED else count for count in alone)
+    return Pair(int(a), int(b), both + sum(alone) - only_a - only_b, only_a, only_b)
 
 
-def _matching(edges: list[tuple[int, int]], value: np.ndarray) -> set[tuple[int, int]]:
+def _matching(edges: np.ndarray, value: np.ndarray) -> set[tuple[int, int]]:
     graph = nx.Graph()
-    graph.add_weighted_edges_from((a, b, float(value[a, b])) for a, b in edges)
+    graph.add_weighted_edges_from((a, b, float(value[a, b])) for a, b in edges.tolist())
     return nx.max_weight_matching(graph, maxcardinality=True)
 
 
-def _greedy(edges: list[tuple[int, int]], value: np.ndarray) -> set[tuple[int, int]]:
+def _greedy(edges: np.ndarray, value: np.ndarray) -> set[tuple[int, int]]:
     pairs: set[tuple[int, int]] = set()
     taken: set[int] = set()
-    for a, b in sorted(edges, key=lambda edge: -value[edge]):
+    for a, b in edges[np.argsort(-value[tuple(edges.T)], kind="stable")].tolist():
         if a not in taken and b not in taken:
             pairs.add((a, b))
             taken |= {a, b}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from torch.fx import GraphModule
 from .devices import AnyDevice
 from .devices import device as find_device
 from .passes.choose_kernels import choose_kernels
+from .passes.choose_training import choose_training
+from .passes.fixed_weights import FixedWeights
 from .passes.fold_batch_norm import fold_batch_norm
 from .passes.fold_constants import fold_constants
 from .pattern import BlockShape
@@ -40,6 +43,24 @@ def plan(
     fold_constants(copied)
     fold_batch_norm(copied)
     return choose_kernels(copied, spec, block_shape=block_shape, allow_dense=allow_dense, hints=hints)
+
+
+def plan_training(
+    gm: GraphModule,
+    device: str | torch.device | AnyDevice | None = None,
+    *,
+    block_shape: BlockShape | None = None,
+    allow_dense: bool = True,
+) -> Plan:
+    """The same for training steps of `gm`, a graph from `trace`: what its parameters learn is not fixed."""
+    trained = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(node.target)(gm)
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            trained[node] = value
+    spec = None if device is None else find_device(device)
+    weights = FixedWeights(gm, trained)
+    return choose_training(gm, weights, spec, block_shape=block_shape, allow_dense=allow_dense)
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:

@@ -4,115 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import ranks
-from .budget import (
-    BUDGETS,
-    Budget,
-    Masks,
-    check_reachable,
-    choose_blocks,
-    latency_budget,
-    weight_budget,
-)
+from .budget import Budget, Masks, check_reachable, choose_blocks, latency_budget, weight_budget
 from .devices import AnyDevice
 from .devices import device as find_device
 from .errors import LayerError, OptionError, PatternError
-from .gates import BlockGate, local_part, whole
-from .importance import IMPORTANCES, block_strength
-from .layout import canonical_weight
+from .gates import local_part
 from .passes.fold_zero_blocks import fold_zero_blocks
 from .passes.insert_block_scales import plan_gates, register_gates
-from .pattern import BlockPattern, BlockShape, check_block_shape
+from .pattern import BlockShape
 from .report import sparsity_report
 from .scales import BlockScale, soft_threshold
 from .schedule import SparsitySchedule
 from .selection import Filter
-from .weights import full_pattern
+from .sparse_layer import layers_by_gate
+from .sparsifier_options import NAME, SparsifierOptions
 
-NAME = "BlockSparsifier"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SparsifierOptions:
-    """What `BlockSparsifier` was asked for; checked here. Fields as there."""
-
-    block_shape: BlockShape
-    gamma: float | None = None
-    target_density: float | None = None
-    budget: Literal["parameters", "macs", "latency"] = "parameters"
-    scope: Literal["global", "layer"] = "global"
-    importance: str = "scales"
-    per_tap: bool = False
-    schedule: SparsitySchedule = field(default_factory=SparsitySchedule)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "block_shape", check_block_shape(self.block_shape, NAME))
-        gamma, density = self.gamma, self.target_density
-        if (gamma is None) == (density is None):
-            got = "neither" if gamma is None else "both"
-            raise OptionError(NAME, "either gamma or target_density", got, "Pass one of the two.")
-        if gamma is not None and not (math.isfinite(gamma) and gamma >= 0):
-            raise OptionError(NAME, "a finite gamma >= 0", repr(gamma), "Try 0.01 and look at the density.")
-        if density is not None and not 0 < density <= 1:
-            raise OptionError(NAME, "target_density in (0, 1]", repr(density), "Use 0.5 to keep half.")
-        _check_one_of("budget", self.budget, BUDGETS)
-        _check_one_of("scope", self.scope, ("global", "layer"))
-        _check_one_of("importance", self.importance, tuple(IMPORTANCES))
-        if gamma is not None and self.importance != "scales":
-            fix = "Pass target_density with this importance."
-            raise OptionError(NAME, 'importance="scales" with gamma', repr(self.importance), fix)
-        if gamma is not None and self.schedule.cycles:
-            fix = "Cycles choose blocks to a target_density."
-            raise OptionError(NAME, "a schedule without cycles with gamma", f"{self.schedule.cycles}", fix)
-        if self.scope == "layer" and self.budget == "latency":
-            fix = 'A small layer may have no sparse kernel that pays; use scope="global".'
-            raise OptionError(NAME, 'scope="global" with budget="latency"', '"layer"', fix)
-        if self.per_tap and not IMPORTANCES[self.importance].per_tap:
-            fix = 'Only importance="magnitude" tells the taps of a block apart.'
-            raise OptionError(NAME, "per_tap=False", f"True with {self.importance!r}", fix)
-
-    @property
-    def gate_type(self) -> type[BlockGate]:
-        return BlockScale if self.gamma is not None else IMPORTANCES[self.importance]
-
-
-@dataclass(frozen=True, eq=False)
-class SparseLayer:
-    """A weight that `BlockSparsifier` works on.
-
-    Args:
-        names: qualified names of the layers that use it; several if the weight is tied.
-        module: the first of them.
-        full: the pattern of all its blocks.
-    """
-
-    names: tuple[str, ...]
-    module: nn.Module
-    gate: BlockGate
-    full: BlockPattern
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    def strength(self, per_tap: bool) -> Tensor:
-        """Root mean square of each block before the gate; of a sharded weight, of all of it (collective)."""
-        stages = self.module.parametrizations["weight"]  # type: ignore[index,union-attr]
-        with torch.no_grad():
-            weight: Any = [whole(p) for _, p in sorted(stages.named_parameters(recurse=False))]  # type: ignore[union-attr,operator]
-            for stage in stages:  # type: ignore[union-attr]
-                if stage is self.gate:
-                    break
-                weight = [stage(*weight)]
-            return block_strength(canonical_weight(weight[0], self.module), self.full, per_tap)
 
 
 class BlockSparsifier:
@@ -197,7 +111,7 @@ class BlockSparsifier:
         if per_tap:
             for _, gate in planned:
                 gate.tell_taps_apart()  # type: ignore[operator]
-        self.layers = _by_gate(planned, self.options.block_shape)
+        self.layers = layers_by_gate(planned, self.options.block_shape)
         self._budget = self._make_budget(device, example_inputs)
         everything = [torch.ones_like(layer.gate.kept) for layer in self.layers]
         self._dense_cost = self._budget.total(everything)
@@ -445,22 +359,3 @@ class BlockSparsifier:
         for layer in self.layers:
             for parameter in layer.gate.parameters():
                 parameter.requires_grad_(True)
-
-
-def _by_gate(planned: Sequence[tuple[Any, BlockGate]], block_shape: BlockShape) -> tuple[SparseLayer, ...]:
-    """One per weight, in order."""
-    names: dict[BlockGate, list[str]] = {}
-    first: dict[BlockGate, Any] = {}
-    for layer, gate in planned:
-        names.setdefault(gate, []).append(layer.name)
-        first.setdefault(gate, layer)
-    return tuple(
-        SparseLayer(tuple(names[gate]), layer.module, gate, full_pattern(layer, block_shape))
-        for gate, layer in first.items()
-    )
-
-
-def _check_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        expected = f"{option} to be one of {', '.join(allowed)}"
-        raise OptionError(NAME, expected, repr(value), "Use one of these.")

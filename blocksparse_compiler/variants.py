@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import box_variant, cpu_spmm, cpu_variants, gpu_variants, pair_variant
 from .kernel_variant import KernelConfig, KernelVariant, Parameters, output_pixels
-from .pattern import BlockShape
+from .pattern import BlockShape, check_block_shape
 
 VARIANTS: dict[str, KernelVariant] = {
     variant.name: variant
@@ -26,11 +26,15 @@ def block_shapes(device_type: str, wanted: BlockShape | None = None) -> tuple[Bl
     """The tiles to look for in the weights of layers on such a device.
 
     Args:
-        wanted: only this one; on GPUs merged into the smallest tile that their kernels run.
+        wanted: only this one; on GPUs the nearest tile that their kernels run (`gpu_variants.merged`).
+
+    Raises:
+        PatternError: if `wanted` is not two positive integers.
     """
     on_gpu = device_type.partition(":")[0] == "cuda"
     if wanted is None:
         return gpu_variants.BLOCK_SHAPES if on_gpu else cpu_variants.BLOCK_SHAPES
+    wanted = check_block_shape(wanted, "block_shape")
     return (gpu_variants.merged(wanted) if on_gpu else wanted,)
 
 

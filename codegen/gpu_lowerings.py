@@ -80,7 +80,8 @@ def _lower_conv(
         reach = dilation[i] * (kernel_size[i] - 1)
         out_size.append((size[i] + before + after - reach - 1) // stride[i] + 1)
         last = (out_size[i] - 1) * stride[i] - before + reach
-        masked |= before > 0 or not V.graph.sizevars.statically_known_lt(last, size[i])
+        # By its size, no output reaches past the padding.
+        masked |= before > 0 or (after > 0 and not V.graph.sizevars.statically_known_lt(last, size[i]))
     axes = tuple(
         Axis(
             name,

@@ -72,7 +72,7 @@ class TileGradientTemplate(CppTemplate):
         epilogue_nodes: Sequence[Any] | None = None,
         **_: Any,
     ) -> str:
-        out = self.output_node if template_buffer_node is None else template_buffer_node
+        out: Any = self.output_node if template_buffer_node is None else template_buffer_node
         tiles, bh, bw = map(int, out.get_size())
         raw, copy = raw_output(out)
         nodes = [copy, *(epilogue_nodes or ())]

@@ -201,6 +201,8 @@ def pretend_device(
         (torch.version, "hip", "6.4.0" if hip else None),
         # cuDNN's rule for output layouts is oneDNN's; a CPU-only torch knows no cuDNN.
         (torch._C, "_select_conv_backend", lambda *args, **kwargs: onednn),
+        # The method asks for the device itself; the operator does not.
+        (FakeTensor, "contiguous", _contiguous),
     ]
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_device)
@@ -210,6 +212,14 @@ def pretend_device(
         stack.enter_context(mock.patch.dict(device_interface.device_interfaces, interfaces))
         _forget_device()
         yield
+
+
+def _contiguous(
+    tensor: torch.Tensor, *, memory_format: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    if tensor.is_contiguous(memory_format=memory_format):
+        return tensor
+    return tensor.clone(memory_format=memory_format)
 
 
 def _device_interface(base: type, properties: Any, arch: int | str) -> type:
@@ -336,6 +346,7 @@ def loading_kernels() -> Iterator[Callable[[Any], dict[str, Any]]]:
             "kind": kind,
             "signature": dict(meta["signature"]),
             "constants": dict(meta["constants"]),
+            "tuned": tuple(config.kwargs),
             "attributes": meta["configs"][0],
             "options": autotuner._create_compile_options(config, meta),
             "inductor_meta": autotuner.inductor_meta,

@@ -104,12 +104,13 @@ class TritonKernel:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What executing a kernel's module gives."""
+    """What executing a kernel's module gives; `tuned` are the constants that launches leave out."""
 
     jit_function: Any
     kind: str
     signature: Mapping[str, str]
     constants: Mapping[str, Any]
+    tuned: tuple[str, ...]
     attributes: Any
     options: Mapping[str, Any]
     inductor_meta: Mapping[str, Any]
@@ -120,7 +121,8 @@ class _Loaded:
 
     def bind(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
         """Arguments of a launch by name; grid sizes may follow the kernel's own."""
-        names = [name for name, kind in self.signature.items() if kind != "constexpr"]
+        # A size of 1 is a constant of the kernel, and still an argument of the launch.
+        names = [name for name in self.signature if name not in self.tuned]
         names += self.inductor_meta.get("extra_launcher_args", [])
         return dict(zip(names, arguments, strict=True))
 

@@ -33,7 +33,8 @@ from blocksparse_compiler.devices import device as find_device
 from . import digits
 
 BLOCK = (8, 8)
-DENSITIES = (0.5, 0.25, 0.125, 0.06)
+DENSITIES = (0.5, 0.2, 0.1, 0.05)
+IMAGES = 300  # for training: with all 1347, every method reaches 99 %
 
 
 def network(width: int = 32) -> nn.Sequential:
@@ -102,9 +103,9 @@ def methods(densities: tuple[float, ...] = DENSITIES) -> dict[str, dict[str, Pre
         "band": lambda d: fixed(lambda _: Band(d)),
     }
     found = {name: {f"{d:g}": make(d) for d in densities} for name, make in by_density.items()}
-    gammas = {0.5: 0.15, 0.25: 0.3, 0.125: 0.5, 0.06: 0.8}
+    gammas = {0.5: 0.2, 0.2: 0.4, 0.1: 0.6, 0.05: 0.7}
     found["DBSR"] = {f"γ={gammas[d]}": learned(gamma=gammas[d]) for d in densities}
-    supports = {0.5: 4, 0.25: 2, 0.125: 1}
+    supports = {0.5: 4, 0.2: 2, 0.1: 1}
     found["periodic"] = {
         f"PS{supports[d]}_P8": fixed(lambda _, n=supports[d]: bsc.PeriodicKernels(n, 8))
         for d in densities
@@ -175,7 +176,8 @@ def check_and_explain(model: nn.Module, x: Tensor, device: str) -> str:
 
 
 def compare(densities: tuple[float, ...], seeds: int, epochs: int, device: str) -> list[Row]:
-    train_set, test_set = digits.load_digits(size=8)
+    everything, test_set = digits.load_digits(size=8)
+    train_set = digits.Split(everything.images[:IMAGES], everything.labels[:IMAGES])
     rows = [Row(method, setting) for method, all_ in methods(densities).items() for setting in all_]
     prepares = {(m, s): prepare for m, all_ in methods(densities).items() for s, prepare in all_.items()}
     x = test_set.images[:64]
@@ -222,7 +224,10 @@ def draw(rows: list[Row], path: Path) -> Path:
             label=method,
         )
     axes.set(xscale="log", xlabel="share of weights kept", ylabel="held-out accuracy (mean ± std)")
-    axes.set_title(f"digits: {len(rows[0].accuracy)} seeds, equal epochs")
+    axes.set_ylim(0.85, 1.0)
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1], ["5 %", "10 %", "20 %", "50 %", "100 %"])
+    axes.minorticks_off()
+    axes.set_title(f"{IMAGES} digits to learn from, {len(rows[0].accuracy)} seeds, equal epochs")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -233,8 +238,8 @@ def draw(rows: list[Row], path: Path) -> Path:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(help="Trainings of each method and setting.")] = 3,
-    epochs: Annotated[int, typer.Option(help="Epochs of each training.")] = 12,
+    seeds: Annotated[int, typer.Option(help="Trainings of each method and setting.")] = 5,
+    epochs: Annotated[int, typer.Option(help="Epochs of each training.")] = 40,
     quick: Annotated[
         bool, typer.Option(help="One setting, one seed, one epoch: does everything run?")
     ] = False,
@@ -244,7 +249,7 @@ def main(
     """Train by every method, print the table, draw the picture."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")  # of torch.export
-    rows = compare((0.25,), 1, 1, device) if quick else compare(DENSITIES, seeds, epochs, device)
+    rows = compare((0.2,), 1, 1, device) if quick else compare(DENSITIES, seeds, epochs, device)
     print_table(rows, device)
     print(draw(rows, out / "methods.png"))
 

@@ -76,7 +76,7 @@ def choose_kernels(
             site = replace(site, device=device.type)
         weight = values.get(call.weight)
         if site.name in given:
-            decisions.append(_obey(given[site.name], site, weight))
+            decisions.append(_obey(given[site.name], site, weight, spec))
         elif weight is None or weight.is_meta or weight.layout != torch.strided:
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
@@ -143,7 +143,7 @@ def _no_constant(weight: Tensor | None) -> str:
     return "the weight is on the meta device" if weight.is_meta else f"the weight is {weight.layout}"
 
 
-def _obey(decision: Decision, site: Site, weight: Tensor | None) -> Decision:
+def _obey(decision: Decision, site: Site, weight: Tensor | None, device: AnyDevice) -> Decision:
     if decision.is_dense:
         return replace(decision, site=site)
     pattern = decision.pattern
@@ -162,15 +162,17 @@ def _obey(decision: Decision, site: Site, weight: Tensor | None) -> Decision:
             "nonzero ones, which the plan would drop",
             "Make the plan again: the weights have changed since.",
         )
-    _check_kernel(decision.kernel, pattern, site)
+    _check_kernel(decision.kernel, pattern, site, device)
     return replace(decision, site=site)
 
 
-def _check_kernel(kernel: str, pattern: BlockPattern, site: Site) -> None:
+def _check_kernel(kernel: str, pattern: BlockPattern, site: Site, device: AnyDevice) -> None:
     variant = VARIANTS.get(kernel)
     reason = "there is no such kernel" if variant is None else variant.unsupported(site, pattern)
     if pattern.groups != site.groups:
         reason = f"the plan is for {pattern.groups} groups"
+    if not reason and not VARIANTS[kernel].configs(site, pattern, device):
+        reason = f"it does not run on {device.name}"
     if reason:
         raise PlanError(
             site.name,

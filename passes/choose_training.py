@@ -6,11 +6,12 @@ Only zeros that training cannot change count: those of fixed masks, frozen scale
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import GraphModule
 
-from ..devices import DeviceSpec
+from ..devices import AnyDevice, DeviceSpec
 from ..devices import device as present_device
 from ..pattern import BlockPattern, BlockShape
 from ..plan import DENSE, Decision, Plan, Site
@@ -26,6 +27,7 @@ from .fixed_weights import FixedWeight, FixedWeights
 def choose_training(
     gm: GraphModule,
     weights: FixedWeights,
+    device: AnyDevice | None = None,
     *,
     block_shape: BlockShape | None = None,
     allow_dense: bool = True,
@@ -36,23 +38,25 @@ def choose_training(
 
     Args:
         weights: of this graph.
+        device: plan for this one; by default, each layer for the device that it is on.
         block_shape, allow_dense, hints: as in `choose_kernels`.
         plan: layers that it leaves dense stay dense.
     """
     hints = {**traced_sizes(gm), **(hints or {})}
+    spec = device or present_device("cpu")
     dense = {d.site.name for d in plan or () if d.is_dense}
     decisions = []
     for call, site in sites_with_calls(gm):
+        site = replace(site, device=device.type) if device else site
         weight = weights.get(call.weight)
         obstacle = "the plan says so" if site.name in dense else _obstacle(call, site, weight)
         if obstacle or weight is None:
             decisions.append(Decision(site, DENSE, f"trains dense: {obstacle}"))
             continue
-        spec = present_device(site.device)
         assert isinstance(spec, DeviceSpec)
         patterns = _patterns(site, weights, weight, block_shapes(site.device, block_shape))
         decisions.append(choose(site, patterns, spec, allow_dense=allow_dense, hints=hints))
-    return Plan(tuple(decisions), present_device("cpu").name)
+    return Plan(tuple(decisions), spec.name)
 
 
 def _obstacle(call: LayerCall, site: Site, weight: FixedWeight | None) -> str | None:

@@ -27,7 +27,7 @@ from .writes import written_nodes
 # point, it is zero everywhere, and so is its gradient. `detach` is none, nor is anything with a threshold.
 _REARRANGE = {
     "reshape", "view", "permute", "transpose", "movedim", "flatten", "unflatten", "getitem", "contiguous",
-    "clone", "squeeze", "unsqueeze", "t", "expand", "to", "float", "new_zeros", "zeros_like",
+    "slice", "clone", "squeeze", "unsqueeze", "t", "expand", "to", "float", "new_zeros", "zeros_like",
 }  # fmt: skip
 _POLYNOMIAL = {*_REARRANGE, "mul", "add", "sub", "neg", "where", "masked_fill", "index_copy"}
 _EXACT = 2**24  # largest whole number up to which float32 has them all
@@ -141,7 +141,8 @@ class FixedWeights:
 
 def _name(node: Node) -> str:
     target = node.target
-    return target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name.split(".")[0]
 
 
 def _run(node: Node, values: Mapping[Node, Any]) -> Any:

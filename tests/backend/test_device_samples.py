@@ -34,6 +34,16 @@ def test_a_change_shows_in_the_call_after_the_next_sample(which):
     assert samples.changed()
 
 
+def test_samples_see_several_input_channels():
+    weight, clock = torch.zeros(128, 128, 3, 3), Clock()
+    weight[:, 32:] = 1  # the first block column is pruned
+    samples = DeviceSamples([weight], clock=clock)
+    weight.data.mul_(2)
+    clock.now += PERIOD
+    assert not samples.changed()
+    assert samples.changed()
+
+
 def test_no_sample_is_taken_before_its_time(monkeypatch):
     clock = Clock()
     samples = DeviceSamples(weights(), clock=clock)

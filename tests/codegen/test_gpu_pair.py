@@ -181,6 +181,19 @@ def test_equal_rows_are_paired():
     assert shared_fraction(rows_with(torch.cat([kinds, kinds]))) == 0.5
 
 
+def test_few_lone_tiles_join_the_shared_loop_with_zero_tiles():
+    kept = torch.zeros(2, 20, dtype=torch.bool)
+    kept[0, :10], kept[1, 2:] = True, True
+    pattern = rows_with(kept)
+    ((a, b, both, only_a, only_b),) = pair_rows(pattern)
+    assert {a, b} == {0, 1} and (both, *sorted([only_a, only_b])) == (10, 0, 10)
+    assert pair_rows(pattern)[0].loops == 2
+    weight = pattern.apply(torch.randn(2, 20))
+    packed = pack_pairs(weight, pattern)
+    assert int(packed.values.eq(0).sum()) == 2 and packed.values.shape[0] == 30
+    assert torch.equal(unpack_weight(*packed, 2, 20, (), layout=OUTPUT_MAJOR), weight)
+
+
 def test_rows_that_share_nothing_stay_alone():
     pairs = pair_rows(rows_with(torch.eye(3, dtype=torch.bool)))
     assert {(p.a, p.b) for p in pairs} == {(0, ALONE), (1, ALONE), (2, ALONE)}
@@ -191,7 +204,7 @@ def test_pairs_share_more_than_neighbours_and_are_balanced(rows):
     kept = torch.rand(rows, 72, generator=torch.Generator().manual_seed(0)) < 0.5
     pairs = pair_rows(rows_with(kept))
     neighbours = int((kept[0::2] & kept[1::2]).sum())
-    assert sum(p.both for p in pairs) > 1.1 * neighbours
+    assert sum(int((kept[p.a] & kept[p.b]).sum()) for p in pairs) > 1.1 * neighbours
     work = [p.products for p in pairs]
     assert work == sorted(work, reverse=True)
     assert work[0] < 1.25 * sum(work) / len(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,13 +20,12 @@ pytestmark = GPU
 
 ONE = (1, 1, 1, 1)
 LISTS = {
-    "gather": ("test_gpu_kernels", "GEOMETRIES"),
-    "gather configurations": ("test_gpu_kernels", "CONFIGURATIONS"),
-    "decode": ("test_gpu_kernels", "DECODE"),
-    "box": ("test_gpu_box", "BOXED"),
-    "box without descriptors": ("test_gpu_box", "POINTERS"),
-    "pair": ("test_gpu_pair", "CASES"),
+    "test_gpu_kernels": ("GEOMETRIES", "CONFIGURATIONS", "DECODE"),
+    "test_gpu_box": ("BOXED", "POINTERS"),
+    "test_gpu_pair": ("CASES",),
 }
+ALONE_SECONDS = 120
+"""To find out which layers are at fault when all together fail."""
 
 
 def compiled(module: torch.nn.Module):
@@ -48,6 +48,24 @@ def outputs(module: GpuLayers, xs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def check(cases: list[GpuCase]) -> None:
+    """All layers as one program, which compiles on all processors; one by one if that fails."""
+    try:
+        wrong = failures(cases)
+    except Exception as error:
+        wrong, began = [f"all together: {type(error).__name__}: {error}"[:500]], time.monotonic()
+        for case in cases:
+            if time.monotonic() - began > ALONE_SECONDS:
+                wrong.append("... not all were tried alone")
+                break
+            try:
+                wrong += failures([case])
+            except Exception as error:
+                wrong.append(f"{case}: {type(error).__name__}: {error}"[:500])
+    assert not wrong, "\n".join(wrong)
+
+
+def failures(cases: list[GpuCase]) -> list[str]:
+    """A line for every layer that is wrong."""
     module = GpuLayers(cases)
     xs = [case.input() for case in cases]
     wrong = []
@@ -57,9 +75,9 @@ def check(cases: list[GpuCase]) -> None:
                 assert_fp32(layer, x, out)
             else:
                 assert_close_to_float64(layer, x, out)
-        except AssertionError as error:  # all of them, not the first alone
+        except AssertionError as error:
             wrong.append(str(error).splitlines()[0])
-    assert not wrong, "\n".join(wrong)
+    return wrong
 
 
 def assert_fp32(layer, x, out, limit: float = 1e-5) -> None:
@@ -70,10 +88,9 @@ def assert_fp32(layer, x, out, limit: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
-@pytest.mark.parametrize("name", LISTS)
-def test_cases_of_the_interpreter(name, dtype):
-    file, attribute = LISTS[name]
-    cases = getattr(codegen_test(file), attribute)
+def test_cases_of_the_interpreter(dtype):
+    files = {file: codegen_test(file) for file in LISTS}
+    cases = [case for file, names in LISTS.items() for name in names for case in getattr(files[file], name)]
     check([replace(case, dtype=dtype, seed=i) for i, case in enumerate(cases)])
 
 
@@ -100,7 +117,7 @@ def resnet_layers(variant: str) -> list[GpuCase]:
         if row.unsupported(site, pattern) is not None:
             continue
         for config in row.configs(site, pattern, device("cuda")):
-            shape = (32, channels, size, size)
+            shape = (8, channels, size, size)
             sides = ((kernel,) * 2, (stride,) * 2, (pad,) * 4)
             case = GpuCase(shape, channels, sides[0], block, stride=sides[1], padding=sides[2], density=0.4)
             found.append(replace(case, variant=variant, parameters=dict(config)))

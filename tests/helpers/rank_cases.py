@@ -129,7 +129,7 @@ def _told(sparsifier: BlockSparsifier) -> str:
 
 
 def _join(rank: int, world: int, folder: str) -> None:
-    faulthandler.dump_traceback_later(100, exit=True)  # a hang becomes a failure that shows where
+    faulthandler.dump_traceback_later(240, exit=True)  # a hang becomes a failure that shows where
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -137,7 +137,7 @@ def _join(rank: int, world: int, folder: str) -> None:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
     )
 
 

@@ -82,6 +82,7 @@ def test_folder(inspection):
 def test_amd(model, x, tmp_path):
     found = inspect_kernels(model, x, target="gfx942", dtype=torch.float16, dense="never", out=tmp_path)
     templates = [report for report in found.reports if report.kernel.is_template]
+    assert not found.problems
     assert {report.compiled.resources.tensor_core for report in templates} == {"mfma"}
     assert len(list(tmp_path.rglob("kernel.hsaco"))) == len(list(tmp_path.rglob("kernel.amdgcn"))) >= 2
 

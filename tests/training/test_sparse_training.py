@@ -118,14 +118,15 @@ def test_kernels_match_float64():
     lowerings.register()
     torch._dynamo.reset()
     torch.manual_seed(0)
-    blocks = [(32, 32), (16, 32), (8, 8), (32, 16), (16, 16), (4, 8), (32, 32)]
+    chosen = [*GEOMETRIES[:3], *GEOMETRIES[5:]]
+    blocks = [(32, 32), (16, 32), (8, 8), (4, 8), (32, 16)]
     layers = [
         Conv((64, 96), kernel, stride, padding, dilation, groups, block)
-        for (kernel, stride, padding, dilation, _, groups), block in zip(GEOMETRIES, blocks, strict=True)
+        for (kernel, stride, padding, dilation, _, groups), block in zip(chosen, blocks, strict=True)
     ]
     xs = [
         torch.randn(3, 96, *size).to(memory_format=torch.channels_last).requires_grad_()
-        for *_, size, _ in GEOMETRIES
+        for *_, size, _ in chosen
     ]
     outs = torch.compile(Layers(layers), fullgraph=True)(xs)
     for layer, x, out in zip(layers, xs, outs, strict=True):
@@ -143,21 +144,19 @@ def test_kernels_match_float64():
 
 
 class Net(nn.Module):
-    """A bottleneck with a stride, a residual, dropout and batch norm, and linear layers."""
+    """Convolutions with strides, a residual, dropout and batch norm, and linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 64, 3, padding=1)
-        self.down = nn.Conv2d(64, 64, 1, stride=2, bias=False)
-        self.conv1, self.norm1 = nn.Conv2d(64, 32, 1, bias=False), nn.BatchNorm2d(32)
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.down = nn.Conv2d(32, 64, 1, stride=2, bias=False)
         self.conv2, self.norm2 = nn.Conv2d(32, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32)
         self.conv3, self.norm3 = nn.Conv2d(32, 64, 1, bias=False), nn.BatchNorm2d(64)
         self.hidden, self.out = nn.Linear(64, 64), nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(y)))
+        y = F.relu(self.norm2(self.conv2(x)))
         x = F.dropout(F.relu(self.norm3(self.conv3(y)) + self.down(x)), 0.0, self.training)
         return self.out(F.relu(self.hidden(x.mean((2, 3)))))
 
@@ -175,7 +174,7 @@ def _folded() -> nn.Module:
 
 def _small() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.Flatten(1), nn.Linear(3200, 10)
+        nn.Conv2d(3, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 1), nn.Flatten(1), nn.Linear(3520, 10)
     )
 
 
@@ -195,12 +194,13 @@ def _pruned() -> nn.Module:
     return model
 
 
-def train(model: nn.Module, forward, batches=(4, 4, 4), accumulate: int = 1) -> list[float]:
+def train(model: nn.Module, forward, batches=(4, 4, 4), accumulate: int = 1, sizes=(10,)) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
     random = torch.Generator().manual_seed(1)
     losses = []
     for i, batch in enumerate(batches):
-        x = torch.randn(batch, 3, 10, 10, generator=random).to(memory_format=torch.channels_last)
+        size = sizes[i % len(sizes)]
+        x = torch.randn(batch, 3, size, size + 1, generator=random).to(memory_format=torch.channels_last)
         loss = F.cross_entropy(forward(x), torch.randint(0, 10, (batch,), generator=random))
         loss.backward()
         if (i + 1) % accumulate == 0:
@@ -233,12 +233,12 @@ def assert_same_state(model: nn.Module, other: nn.Module) -> None:
         assert (a - b).norm() <= 1e-3 * a.norm() + 1e-5, name
 
 
-@pytest.mark.parametrize(("make", "sparse"), [(_masked, 5), (_folded, 5), (_scaled, 1), (_pruned, 1)])
+@pytest.mark.parametrize(("make", "sparse"), [(_masked, 4), (_folded, 4), (_scaled, 1), (_pruned, 1)])
 def test_training_equals_eager_training(make, sparse):
     model, eager = (_seeded(make).to(memory_format=torch.channels_last) for _ in range(2))
     fast = compiled(model)
-    losses = train(model, fast, batches=(4, 4, 6, 6), accumulate=2)
-    assert losses == pytest.approx(train(eager, eager, batches=(4, 4, 6, 6), accumulate=2), rel=1e-4)
+    how = {"batches": (4, 4, 6, 6), "accumulate": 2, "sizes": (10, 10, 10, 13) if make is _folded else (10,)}
+    assert train(model, fast, **how) == pytest.approx(train(eager, eager, **how), rel=1e-4)
     assert_same_state(model, eager)
     plan = plans()[-1]
     assert sum(not d.is_dense for d in plan) == sparse, str(plan)
@@ -258,7 +258,7 @@ def test_channels_first_and_eval_after_training():
         torch.testing.assert_close(fast(x), eager(x), rtol=1e-4, atol=1e-4)
     # In inference the trained weights are frozen into kernels again.
     assert not any("forward and backward" in d.reason for d in plans()[-1])
-    assert sum(not d.is_dense for d in plans()[-1]) == 5
+    assert sum(not d.is_dense for d in plans()[-1]) == 4
 
 
 def test_a_mask_that_changes_is_noticed():
@@ -345,9 +345,21 @@ def test_a_plan_and_the_cost_model_can_keep_layers_dense():
     plan = plans()[-1].with_kernel("conv2", "dense")
     train(model, compiled(model, plan=plan), batches=(4,))
     assert plans()[-1]["conv2"].reason == "trains dense: the plan says so"
-    assert not plans()[-1]["conv1"].is_dense
+    assert not plans()[-1]["conv3"].is_dense
     nearly_full = bsc.apply_pattern(nn.Sequential(nn.Conv2d(64, 64, 3)), bsc.RandomBlocks((8, 8), 0.9))
     compiled(nearly_full, dense="auto")(torch.randn(8, 64, 16, 16)).sum().backward()
     (decision,) = plans()[-1]
     assert decision.is_dense
     assert "forward and backward" in decision.reason
+
+
+@pytest.mark.parametrize("make", [_masked, _folded, _scaled])
+def test_explain_says_what_trains_on_kept_tiles(make):
+    model = _seeded(make)
+    explanation = bsc.explain(model, torch.randn(4, 3, 10, 11), dense="never", training=True)
+    train(model, compiled(model), batches=(4,))
+    for told, done in zip(explanation.plan, plans()[-1], strict=True):
+        assert (told.site.name, told.pattern, told.reason) == (done.site.name, done.pattern, done.reason)
+    assert "forward and backward" in str(explanation.to_json())
+    on_gpu = bsc.explain(model, torch.randn(4, 3, 10, 11), device="h200", training=True)
+    assert all("no kernels for gradients on cuda" in d.reason for d in on_gpu.plan)

@@ -64,6 +64,16 @@ def test_a_budget_of_weights_is_spent_to_less_than_one_block(cases, density, use
     assert not pruned or density * total - spent < min(pruned)
 
 
+def test_large_costs_are_counted_exactly():
+    """Where float32 would be off by one: 2^24 + 1 positions."""
+    full = BlockPattern.full((4, 4), (1, 1))
+    budget = weight_budget([full], [2**24 + 1], per_tap=False)
+    scores = [torch.arange(16.0).reshape(4, 4)]
+    for n in range(1, 16):
+        assert int(choose_blocks(scores, budget, n * (2**24 + 1))[0].sum()) == n
+        assert int(choose_blocks(scores, budget, n * (2**24 + 1) - 1)[0].sum()) == max(1, n - 1)
+
+
 @settings(deadline=None, max_examples=30)
 @given(layers())
 def test_elements_of_each_block(case):
