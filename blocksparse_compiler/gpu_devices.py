@@ -7,6 +7,7 @@ measured ones. None of them has been fitted to kernels of this package yet.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 
 from .errors import OptionError
 from .gpu_spec import GpuSpec
+
+log = logging.getLogger(__name__)
 
 NUMBERS = GpuSpec.number_names()
 KIB, MIB = 1024, 1024 * 1024
@@ -242,11 +245,17 @@ MEASURED_FOLDER = Path(__file__).parent / "tuned"
 
 def with_measured(spec: GpuSpec) -> GpuSpec:
     """`spec` with the figures that were fitted to measurements on such a GPU, if `gpu_fit` wrote some."""
+    path = MEASURED_FOLDER / f"{spec.name}.figures.json"
     try:
-        data = json.loads((MEASURED_FOLDER / f"{spec.name}.figures.json").read_text())
+        data = json.loads(path.read_text())
+        return spec.with_figures(data["source"], **data["figures"])
     except FileNotFoundError:
         return spec
-    return spec.with_figures(data["source"], **data["figures"])
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning(
+            "%s is damaged (%r): planning with the figures of the data sheet. Fit again.", path, error
+        )
+        return spec
 
 
 SPECS: dict[str, GpuSpec] = {

@@ -11,7 +11,7 @@ from .devices import DeviceSpec
 from .pattern import BlockPattern
 from .plan import DENSE, Decision, Site
 from .roofline import dense_cost, sparse_cost
-from .training_ops import phases
+from .training_tables import phases
 from .variants import VARIANTS
 
 KERNEL = "cpu_f32"

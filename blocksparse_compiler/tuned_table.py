@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from .kernel_variant import Parameters, output_pixels
 from .pattern import BlockPattern
 from .plan import Site
+
+log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "tuned"
 REACH = 2.0
@@ -62,11 +65,18 @@ def prefer(
 
 @functools.cache
 def table(device: str) -> tuple[Entry, ...]:
-    """All entries for a GPU; none for one that was never measured."""
+    """All entries for a GPU; none for one that was never measured, or whose file is damaged."""
+    path = FOLDER / f"{device}.json"
     try:
-        return tuple(json.loads((FOLDER / f"{device}.json").read_text())["entries"])
+        entries = tuple(json.loads(path.read_text())["entries"])
+        for entry in entries:
+            dict(entry["config"]), math.log2(entry["pixels"]), math.log2(entry["tiles"])
     except FileNotFoundError:
         return ()
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%r): kernels guess their parameters. Measure again.", path, error)
+        return ()
+    return entries
 
 
 def write(path: Path, device: str, entries: Iterable[Entry], measured_with: Mapping[str, str]) -> None:
@@ -92,6 +102,6 @@ def _geometry(site: Site) -> str:
 def _distance(entry: Entry, wanted: Entry) -> float:
     """Doublings between the sizes of two classes; infinite if they differ in anything else."""
     sizes = ("pixels", "tiles")
-    if any(entry[key] != value for key, value in wanted.items() if key not in sizes):
+    if any(entry.get(key) != value for key, value in wanted.items() if key not in sizes):
         return math.inf
     return sum(abs(math.log2(entry[key] / wanted[key])) for key in sizes)

@@ -212,8 +212,9 @@ def draw(rows: list[Row], path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for method in dict.fromkeys(row.method for row in rows):
-        own = sorted((r for r in rows if r.method == method), key=lambda r: statistics.mean(r.kept))
+    alive = [row for row in rows if statistics.mean(row.kept) > 0]  # DBSR may lose every block
+    for method in dict.fromkeys(row.method for row in alive):
+        own = sorted((r for r in alive if r.method == method), key=lambda r: statistics.mean(r.kept))
         spread = [statistics.stdev(r.accuracy) if len(r.accuracy) > 1 else 0 for r in own]
         axes.errorbar(
             [statistics.mean(r.kept) for r in own],

@@ -1,18 +1,21 @@
 """Passes: one file, one pass, one name.
 
-Graph passes take an FX graph; `pipeline.PIPELINE` is the order they run in. Model passes
+Graph passes take an FX graph; `pipeline.PIPELINE` is the order they run in for
+inference; `choose_training` and `lower_training` are their counterparts for training. Model passes
 (`insert_block_scales`, `apply_pattern`, `prune_blocks`, `fold_zero_blocks`) take an `nn.Module`, change it
 in place and return it.
 """
 
 from .apply_pattern import apply_pattern
 from .choose_kernels import choose_kernels
+from .choose_training import choose_training
 from .find_sites import find_sites
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .fold_zero_blocks import fold_zero_blocks
 from .insert_block_scales import insert_block_scales
 from .lower_sites import lower_sites
+from .lower_training import lower_training
 from .pipeline import PIPELINE, PassContext, run_pipeline
 from .prune_blocks import prune_blocks
 
@@ -21,12 +24,14 @@ __all__ = [
     "PassContext",
     "apply_pattern",
     "choose_kernels",
+    "choose_training",
     "find_sites",
     "fold_batch_norm",
     "fold_constants",
     "fold_zero_blocks",
     "insert_block_scales",
     "lower_sites",
+    "lower_training",
     "prune_blocks",
     "run_pipeline",
 ]

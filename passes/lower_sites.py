@@ -54,16 +54,17 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
     assert pattern is not None
     weight = values.get(call.weight)
     assert weight is not None
-    packed = VARIANTS[decision.kernel].pack(weight, pattern)
+    dtype = getattr(torch, site.dtype)
+    packed = VARIANTS[decision.kernel].pack(weight.to(dtype), pattern)
     kernel = KernelConfig(decision.kernel, dict(decision.config)).encode(pattern)
     bias = call.bias if is_per_channel(call.bias, site) else None
     with gm.graph.inserting_before(call.node):
         operands = (
-            call.input,
+            _converted(gm, call.input, dtype),
             set_constant(gm, "tiles", packed.values),
             set_constant(gm, "row_ptr", packed.row_ptr),
             set_constant(gm, "tile_index", packed.tile_index),
-            bias,
+            None if bias is None else _converted(gm, bias, dtype),
             site.out_channels,
         )
         if not call.spatial_dims:
@@ -77,12 +78,21 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
             )
         op = new
         if bias is not call.bias:
-            new = gm.graph.call_function(torch.add, (new, call.bias))
+            assert call.bias is not None
+            new = gm.graph.call_function(torch.add, (new, _converted(gm, call.bias, dtype)))
     new.meta = dict(call.node.meta)
     op.meta = {**call.node.meta, "blocksparse_layer": site.name}  # names generated kernels (codegen.offline)
     call.node.replace_all_uses_with(new)
     gm.graph.erase_node(call.node)
     erase_unused(gm, [call.weight])
+
+
+def _converted(gm: GraphModule, operand: Node, dtype: torch.dtype) -> Node:
+    """`operand` in the dtype that the layer computes in: autocast is no node, and passes our operators by."""
+    value = tensor_meta(operand)
+    if value is None or value.dtype == dtype:
+        return operand
+    return gm.graph.call_function(torch.ops.prims.convert_element_type.default, (operand, dtype))
 
 
 def is_per_channel(bias: Node | None, site: Site) -> bool:

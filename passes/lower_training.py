@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from .. import training_ops as _training_ops  # noqa: F401  registers the operators
 from ..devices import device as present_device
 from ..pattern import BlockPattern
 from ..plan import Decision, Plan, Site
 from ..training_cost import KERNEL, input_grad_sites
-from ..training_ops import LayerTables, gather_indices, kernel_texts
+from ..training_tables import LayerTables, gather_indices, kernel_texts
 from ..variants import VARIANTS, KernelConfig
 from .calls import LayerCall, layer_call
 from .fixed_weights import FixedWeight, FixedWeights

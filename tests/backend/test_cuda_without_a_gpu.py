@@ -15,7 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 import blocksparse_compiler as bsc
 from blocksparse_compiler import devices, gpu_timing, tune
+from blocksparse_compiler.backend import _freeze_inputs
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
+from blocksparse_compiler.passes.pipeline import PassContext, run_pipeline
 
 H200 = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
 T4 = SimpleNamespace(name="Tesla T4", major=7, minor=5, multi_processor_count=40)
@@ -141,3 +143,32 @@ def test_no_input_is_static_to_cuda_graphs(monkeypatch):
     with torch.no_grad():
         torch.compile(model, backend="blocksparse")(torch.randn(4, 64))
     assert seen == [[]]
+
+
+@torch.no_grad()
+def test_autocast_decides_the_dtype_of_a_layer():
+    """Autocast is no part of the graph, and does not know our operators: they get operands in its dtype."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 1, bias=False), nn.Flatten(2))
+    model = bsc.prune_blocks(nn.Sequential(*model, nn.Linear(16, 64)), (16, 16), 0.5).eval()
+    x, graphs = torch.randn(2, 64, 6, 6), []
+
+    def keep(gm, inputs):
+        graphs.append((gm, inputs))
+        return gm.forward
+
+    with torch.autocast("cpu", torch.bfloat16):
+        torch._dynamo.reset()
+        expected = torch.compile(model, backend=keep)(x)
+        gm, inputs = graphs[0]
+        frozen = _freeze_inputs(gm, {i: t for i, t in enumerate(inputs) if isinstance(t, nn.Parameter)})
+        plan = run_pipeline(frozen, PassContext(device=devices.device("h200"), allow_dense=False))
+        assert {(d.site.dtype, d.is_dense) for d in plan} == {("bfloat16", False)}
+    (got,) = frozen(x)
+    assert {frozen.get_buffer(n.args[1].target).dtype for n in _sparse_calls(frozen)} == {torch.bfloat16}
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+
+
+def _sparse_calls(gm):
+    return [node for node in gm.graph.nodes if str(node.target).startswith("blocksparse.")]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import blocksparse_compiler as bsc
-from blocksparse_compiler import devices
+from blocksparse_compiler import devices, gpu_devices, tuned_table
 from blocksparse_compiler.errors import OptionError, PatternError, PlanError
 from blocksparse_compiler.gpu_devices import SPECS, GpuSpec
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
@@ -60,3 +60,21 @@ def test_a_plan_for_another_gpu_names_the_kernel_that_does_not_run():
         choose_kernels(gm, turing, plan=plan)
     with pytest.raises(PlanError, match="runs on cuda, not on cpu"):
         choose_kernels(gm, devices.device("avx512-2core"), plan=plan)
+
+
+DAMAGED = ["", "{", "[]", '{"entries": [{}]}', '{"entries": [{"config": {}, "pixels": 0, "tiles": 1}]}']
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_files_of_measurements_are_passed_by(text, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tuned_table, "FOLDER", tmp_path)
+    monkeypatch.setattr(gpu_devices, "MEASURED_FOLDER", tmp_path)
+    (tmp_path / "h200.json").write_text(text)
+    (tmp_path / "h200.figures.json").write_text(text)
+    tuned_table.table.cache_clear()
+    try:
+        assert not bsc.plan(graph(), "h200")["0"].is_dense
+        assert gpu_devices.with_measured(SPECS["h200"]) is SPECS["h200"]
+    finally:
+        tuned_table.table.cache_clear()
+    assert caplog.text.count("is damaged") == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,13 @@ def disagree(rank: int, world: int, folder: str) -> None:
     model, sparsifier = build("gamma")
     wrapped, optimizer = wrap(model, "ddp"), optimizer_of(sparsifier)
     train(wrapped, sparsifier, optimizer, range(0, 3), slice(rank * 4, rank * 4 + 4))
-    if rank == 0:  # the other dies
+    ready = Path(folder) / "ready"
+    if rank == 0:
+        ready.touch()  # no gradient is under way any more: now the other may die
         told["dies"] = _told(sparsifier)
+    else:
+        while not ready.exists():
+            time.sleep(0.05)
     (Path(folder) / f"told{rank}.json").write_text(json.dumps(told))
     os._exit(0)
 

@@ -8,7 +8,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def test_the_examples_in_training_md_run():
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "training.md").read_text(), re.M | re.S)
-    assert len(blocks) == 13
+    assert len(blocks) == 14
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, "docs/training.md", "exec"), namespace)

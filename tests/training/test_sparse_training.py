@@ -16,7 +16,7 @@ from blocksparse_compiler import BlockPattern
 from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.pattern import gather_tiles, scatter_tiles
 from blocksparse_compiler.scales import block_scales
-from blocksparse_compiler.training_ops import LayerTables, gather_indices, kernel_texts
+from blocksparse_compiler.training_tables import LayerTables, gather_indices, kernel_texts
 from blocksparse_compiler.variants import KernelConfig
 
 # kernel, stride, padding, dilation, input size, groups

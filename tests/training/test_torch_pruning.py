@@ -123,3 +123,28 @@ def test_pruned_weights_get_no_gradient_and_may_return():
         layer.parametrizations.weight.original[0, 0] = 0.1  # the kept one has become weaker
     sparsifier.step()
     assert layer.weight.tolist() == [[0.0, 0.5]]
+
+
+def test_masks_may_change_after_compiling_for_training(monkeypatch):
+    """Outputs and gradients are those of eager before pruning, after it, and after another choice."""
+    monkeypatch.setenv("BLOCKSPARSE_CALIBRATE", "0")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128))
+    sparsifier = BlockSparsifier(model, (32, 32), target_density=0.25, importance="magnitude", scope="layer")
+    torch._dynamo.reset()
+    fast, x = torch.compile(model, backend="blocksparse"), torch.randn(64, 128)
+
+    def results(call):
+        model.zero_grad()
+        y = call(x)
+        y.square().mean().backward()
+        return [y.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    def roll():
+        for layer in sparsifier.layers:
+            layer.gate.select(layer.gate.kept.roll(1, 0))
+
+    for change in (lambda: None, sparsifier.step, roll, sparsifier.freeze):
+        change()
+        for got, expected in zip(results(fast), results(model), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
