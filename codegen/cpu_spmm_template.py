@@ -42,13 +42,14 @@ class SparseRowsTemplate(BlockSparseTemplate):
         self.tile, self.in_channels, self.step = tile, in_channels, step  # type: ignore[assignment]
         self.block_shape, self.parameters = (height, 1), parameters
         self.flush, self.bias_first = flush, False
+        self.groups = -(-int(layout.size[-1]) // SIDE)
 
     def _tile_options(self) -> dict[str, Any]:
         return {
             "bh": self.block_shape[0],
             "lanes": self.tile.lanes,
             "vectors": self.tile.vectors,
-            "groups": -(-int(self.output_node.get_size()[-1]) // SIDE),
+            "groups": self.groups,
             "row_threads": max(1, int(self.parameters.get("row_threads", 1))),
         }
 
