@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import blocksparse_compiler as bsc
 from blocksparse_compiler.codegen import offline
 from blocksparse_compiler.devices import device
+from blocksparse_compiler.passes.lower_sites import lower_sites
 from blocksparse_compiler.passes.pipeline import PassContext, run_pipeline
 from blocksparse_compiler.variants import block_shapes
 
@@ -43,6 +45,18 @@ def test_pointwise_layer_behind_a_strided_one_of_symbolic_size(target):
         x = torch.randn(2, 64, height, width)
         assert_close(program.run(x), model, x)
     assert "inside" not in program.kernel("2").source  # there is no padding
+
+
+def test_a_block_row_of_128_without_a_partner():
+    """Its partner lies past all channels, but not so far that 32-bit indices overflow into memory before."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(512, 384).eval(), torch.randn(40, 512)
+    bsc.prune_blocks(model, (128, 64), 0.5)
+    gm = bsc.trace(model, x)
+    (decision,) = bsc.plan(gm, "a100", block_shape=(128, 64), allow_dense=False)
+    config = {"pixels": 32, "warps": 4, "stages": 2, "precision": "ieee"}
+    lower_sites(gm, bsc.Plan((replace(decision, kernel="triton_pair", config=config),)))
+    assert_close(offline.generate(gm, (x,), device("a100")).run(x), model, x)
 
 
 class Sum(nn.Module):
