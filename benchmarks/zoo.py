@@ -58,6 +58,18 @@ def vgg16() -> Network:
     return Network(model, model, _image)
 
 
+def mobilenet_v1() -> Network:
+    from transformers import MobileNetV1Config, MobileNetV1ForImageClassification
+
+    return _vision(MobileNetV1ForImageClassification(MobileNetV1Config(num_labels=1000, tf_padding=False)))
+
+
+def mobilenet_v2() -> Network:
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    return _vision(MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000, tf_padding=False)))
+
+
 def bert_base() -> Network:
     from transformers import BertConfig, BertModel
 
@@ -75,6 +87,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "vit_b16": vit_b16,
     "bert_base": bert_base,
     "resnext50": resnext50,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v2": mobilenet_v2,
 }
 
 
@@ -105,6 +119,15 @@ def prunable(model: nn.Module, block_shape: tuple[int, int]) -> list[str]:
         if isinstance(module, nn.Conv2d | nn.Linear)
         and module.weight.shape[0] >= block_shape[0]
         and module.weight.shape[1] >= block_shape[1]
+    ]
+
+
+def pointwise(model: nn.Module) -> list[str]:
+    """Names of the ungrouped 1x1 convolutions."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
     ]
 
 

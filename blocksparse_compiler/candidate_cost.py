@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import gpu_roofline, roofline, tuned_table, variants
+from . import cpu_spmm, gpu_roofline, roofline, spmm_roofline, tuned_table, variants
 from .devices import AnyDevice
 from .errors import OptionError
 from .gpu_devices import GpuSpec
@@ -48,6 +48,8 @@ def sparse_cost(
         OptionError: if no such kernel runs on this GPU.
     """
     if not isinstance(device, GpuSpec):
+        if variant == cpu_spmm.SPMM.name:
+            return spmm_roofline.sparse_rows_cost(site, pattern, device, density=density)
         return roofline.sparse_cost(site, pattern, device, variant, density=density)
     if config is not None:
         choices = [(variant, config)]

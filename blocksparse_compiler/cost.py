@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import gpu_roofline, roofline, variants
+from . import gpu_roofline, variants
 from .candidate_cost import (
     MARGIN,
     Config,
@@ -67,7 +67,7 @@ def _candidate(
 ) -> Candidate | None:
     """The variant with its best parameters; None if this device cannot run it."""
     if not isinstance(device, GpuSpec):
-        cost = roofline.sparse_cost(site, pattern, device, variant)
+        cost = sparse_cost(site, pattern, device, variant)
         return Candidate(cost.evaluate(hints), variant, pattern)
     best, sized = None, with_sizes(site, hints)
     for config in configs(site, pattern, device, variant):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from . import cpu_spmm
 from .devices import DeviceSpec
 from .kernel_variant import KernelVariant, Parameters, output_pixels
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 
-BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8), (32, 1), (16, 1))
-"""Tiles to look for in a weight: squares, and columns, which run about as fast: only height fills vectors."""
+BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8), (32, 1), (16, 1), *cpu_spmm.BLOCK_SHAPES)
+"""Tiles to look for in a weight: squares, and columns, which run about as fast: only height fills vectors.
+Low columns have a kernel of their own, with vectors along pixels."""
 
 
 @dataclass(frozen=True)

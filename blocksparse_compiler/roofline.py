@@ -161,13 +161,13 @@ def _macs(site: Site, elements: float) -> sympy.Expr:
     return positions(site) * elements * inside_fraction(site)
 
 
-def _activation_bytes(site: Site) -> sympy.Expr:
+def activation_bytes(site: Site) -> sympy.Expr:
     """Input read once, output written once (and fetched first, as caches do)."""
     read = sympy.Mul(*(symbolic(size) for size in site.input_shape))
     return _BYTES * (read + 2 * positions(site) * site.out_channels)
 
 
-def _memory_seconds(traffic: sympy.Expr, device: DeviceSpec) -> sympy.Expr:
+def memory_seconds(traffic: sympy.Expr, device: DeviceSpec) -> sympy.Expr:
     """Time to move `traffic` bytes at the rate of the smallest cache that holds them."""
     l2 = device.threads * device.l2_bytes_per_thread
     return sympy.Piecewise(
@@ -183,13 +183,13 @@ def _memory_seconds(traffic: sympy.Expr, device: DeviceSpec) -> sympy.Expr:
 def dense_cost(site: Site, device: DeviceSpec) -> Cost:
     """The layer as a dense operator of torch."""
     flops = 2 * _macs(site, weight_elements(site))
-    traffic = _activation_bytes(site) + _BYTES * weight_elements(site)
+    traffic = activation_bytes(site) + _BYTES * weight_elements(site)
     linear = not site.kernel_size
     return Cost(
         flops,
         traffic,
         flops / (device.peak_fp32_flops_per_second * _dense_efficiency(site, device)),
-        _memory_seconds(traffic, device),
+        memory_seconds(traffic, device),
         sympy.Float(device.dense_linear_call_seconds if linear else device.dense_conv_call_seconds),
     )
 
@@ -223,7 +223,7 @@ def sparse_cost(
         block, kept, skew = pattern, density * weight_elements(site), 1.0
     pixels = positions(site)
     flops = 2 * _macs(site, kept)
-    traffic = _activation_bytes(site) + _BYTES * sympy.sympify(kept)
+    traffic = activation_bytes(site) + _BYTES * sympy.sympify(kept)
     rate = device.peak_fp32_flops_per_second * efficiency(site, block, device, variant)
     tile_pixels, _ = _register_tile(site, block, device)
     # Either pixels or block rows are split over the threads, whichever divides better.
@@ -234,7 +234,7 @@ def sparse_cost(
         traffic,
         flops * sympy.Min(turns, skew) / (rate * _tile_fill(site, tile_pixels))
         + epilogue_seconds(site, block, device),
-        _memory_seconds(traffic, device),
+        memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
     )
 

@@ -10,8 +10,10 @@ from typing import Any
 import sympy
 import torch
 
+from ..cpu_spmm import SPMM, PixelTile, pixel_tiles
 from ..cpu_variants import RegisterTile, register_tile
 from ..variants import VARIANTS, KernelConfig
+from .cpu_spmm_template import SparseRowsTemplate
 from .cpu_template import BlockSparseTemplate
 from .inductor_api import (
     ir,
@@ -25,6 +27,9 @@ from .tiling import ConvGeometry, all_static, as_int, flat_tiling, is_static, ro
 LONGEST_SUM = 192
 """Products summed up in one go. Dense kernels sum in blocks, which rounds less than one long sum; at this
 length our error stays below 1.5 times theirs, and the speed does not suffer."""
+
+LONGEST_ROW = 64
+"""The same for rows of scattered weights: parts cost little there, and sums are not in blocks otherwise."""
 
 SHORT_SUM = 48
 """A sum of so few products, on average, starts from the bias: adding it at the end would cost over 2 %."""
@@ -145,11 +150,10 @@ class _Weight:
             raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
         if not is_static(x.get_size()[channel_dim]):
             raise Unsupported("symbolic channels")
+        self.in_channels = int(x.get_size()[channel_dim])
 
     def tile(self) -> RegisterTile:
-        isa = pick_vec_isa()
-        lanes = isa.nelements() if isa else 4
-        tile = register_tile(self.block_shape, lanes, 32 if lanes == 16 else 16)
+        tile = register_tile(self.block_shape, *_vectors())
         if tile is None:
             raise Unsupported(f"block height {self.block_shape[0]}")
         return replace(tile, pixels=min(tile.pixels, int(self.config.parameters.get("pixels", tile.pixels))))
@@ -165,11 +169,14 @@ class _Weight:
         nodes = [ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in operands]
         for node in nodes:
             node.freeze_layout()
+        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), shape)
+        if self.config.variant == SPMM.name:
+            return self._sparse_rows(nodes, layout, images, conv)
         tile = self.tile()
         flat = flat_tiling(conv.output_size[1], tile.pixels) if conv.is_flat(images) else None
         template = BlockSparseTemplate(
             nodes,
-            ir.FixedLayout(x.get_device(), x.get_dtype(), shape),
+            layout,
             parallel_num_threads(),
             images=images,
             conv=conv,
@@ -181,6 +188,39 @@ class _Weight:
             bias_first=tile.split == 1 and self.mean_products() <= SHORT_SUM,
         )
         return template.generate().output_node()
+
+    def _sparse_rows(self, nodes: list[Any], layout: Any, images: Any, conv: ConvGeometry) -> Any:
+        if not conv.is_flat(images):
+            raise Unsupported("pixels that do not lie evenly spaced")
+        template = SparseRowsTemplate(
+            nodes,
+            layout,
+            parallel_num_threads(),
+            tile=self._pixel_tile(),
+            height=self.block_shape[0],
+            in_channels=self.in_channels,
+            step=conv.input_strides[2],
+            parameters=dict(self.config.parameters),
+            flush=LONGEST_ROW,
+        )
+        return template.generate().output_node()
+
+    def _pixel_tile(self) -> PixelTile:
+        lanes, registers = _vectors()
+        wanted = self.config.parameters.get("pixels")
+        tiles = pixel_tiles(self.block_shape[0], lanes, registers)
+        return max(
+            (t for t in tiles if wanted is None or t.pixels <= int(wanted)),
+            key=lambda t: t.pixels,
+            default=tiles[0],
+        )
+
+
+def _vectors() -> tuple[int, int]:
+    """Floats of a vector, and number of registers, of the instructions that Inductor compiles for."""
+    isa = pick_vec_isa()
+    lanes = isa.nelements() if isa else 4
+    return lanes, 32 if lanes == 16 else 16
 
 
 def _reshape(x: Any, sizes: list[Any]) -> Any:

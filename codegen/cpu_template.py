@@ -21,8 +21,6 @@ from .inductor_api import KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size, Tiling, all_static
 
 _HERE = Path(__file__).parent
-_HEADER = _HERE / "include" / "block_sparse_f32.h"
-_SOURCE = _HERE / "templates" / "cpu_f32.cpp.jinja"
 
 
 class BlockSparseTemplate(CppTemplate):
@@ -39,6 +37,9 @@ class BlockSparseTemplate(CppTemplate):
         flush: kept tiles after which a sum starts anew; 0 for never.
         bias_first: sums start from the bias; it is added to them otherwise.
     """
+
+    source = "cpu_f32.cpp.jinja"
+    headers: tuple[str, ...] = ("block_sparse_f32.h",)
 
     def __init__(
         self,
@@ -87,7 +88,9 @@ class BlockSparseTemplate(CppTemplate):
             return cexpr_index(kernel.rename_indexing(sympy.sympify(size)))
 
         options = {
-            "prelude": f"{self.header().getvalue()}\n{_HEADER.read_text()}",
+            "prelude": "\n".join(
+                [self.header().getvalue(), *((_HERE / "include" / h).read_text() for h in self.headers)]
+            ),
             "kernel": kernel,
             "profile": kernel.maybe_codegen_profile().replace(kernel.kernel_name, KERNEL_DESCRIPTION),
             "inputs": inputs,
@@ -116,7 +119,9 @@ class BlockSparseTemplate(CppTemplate):
             **self._conv_options(),
         }
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(raw)):
-            return self._template_from_string(_SOURCE.read_text()).render(**options)
+            return self._template_from_string((_HERE / "templates" / self.source).read_text()).render(
+                **options
+            )
 
     def _tile_options(self) -> dict[str, Any]:
         (bh, bw), tile, tiling = self.block_shape, self.tile, self.tiling

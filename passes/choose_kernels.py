@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .. import cost
+from .. import cost, cpu_spmm
 from ..devices import AnyDevice
 from ..devices import device as present_device
 from ..errors import LayerError, PlanError
@@ -29,6 +29,9 @@ from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
 from .static_values import StaticValues
+
+MOST_SCATTERED = 0.5
+"""Share of nonzeros above which no kernel for single weights beats a dense layer."""
 
 
 def choose_kernels(
@@ -96,17 +99,32 @@ def find_patterns(
             "Find where training diverged, or load a good checkpoint.",
         )
     canonical = swap_channels(weight, call.groups) if call.transposed else weight
+    if len(shapes) > 1 and not _may_scatter(site, weight):
+        shapes = [shape for shape in shapes if shape not in cpu_spmm.BLOCK_SHAPES]
     return _without_needless_columns(zero_block_patterns(canonical, site.groups, shapes))
 
 
+def _may_scatter(site: Site, weight: Tensor) -> bool:
+    """Whether single weights are worth looking at: only a pointwise layer of mostly zeros runs on those."""
+    pointwise = math.prod(site.kernel_size) == 1 and site.groups == 1
+    return pointwise and int(weight.count_nonzero()) <= MOST_SCATTERED * weight.numel()
+
+
 def _without_needless_columns(patterns: list[BlockPattern]) -> list[BlockPattern]:
-    """Columns `(bh, 1)` stay where wider tiles of their height keep over 5 % more weights than they do."""
+    """Columns `(bh, 1)` stay where wider tiles of their height keep over 5 % more weights than they do.
+
+    Low ones also must keep as much less than any higher tile, which multiplies faster.
+    """
     wide = {p.block_shape[0]: p.kept_elements for p in patterns if p.block_shape[1] > 1}
-    return [
-        p
-        for p in patterns
-        if p.block_shape[1] > 1 or p.kept_elements * 1.05 < wide.get(p.block_shape[0], math.inf)
-    ]
+    found = []
+    for pattern in patterns:
+        height, width = pattern.block_shape
+        others = [wide.get(height, math.inf)]
+        if pattern.block_shape in cpu_spmm.BLOCK_SHAPES:
+            others += [p.kept_elements for p in patterns if p.block_shape[0] > height]
+        if width > 1 or pattern.kept_elements * 1.05 < min(others):
+            found.append(pattern)
+    return found
 
 
 def _obstacle_here(site: Site) -> str | None:

@@ -128,5 +128,8 @@ def test_symbolic_image_and_row_sizes():
                 assert_close_to_float64(layer, layer_input, out)
 
 
-def test_every_variant_of_the_table_is_tested_here():
-    assert {name for name, variant in VARIANTS.items() if variant.device == "cpu"} == {"cpu_f32"}
+def test_every_variant_of_the_table_is_tested():
+    assert {name for name, variant in VARIANTS.items() if variant.device == "cpu"} == {
+        "cpu_f32",
+        "cpu_f32_spmm",
+    }

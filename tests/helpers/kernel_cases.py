@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from blocksparse_compiler import BlockPattern
 from blocksparse_compiler.codegen import lowerings
 from blocksparse_compiler.codegen.inductor_api import capture_sources
-from blocksparse_compiler.packing import pack_weight
-from blocksparse_compiler.variants import KernelConfig
+from blocksparse_compiler.variants import VARIANTS, KernelConfig
 
 
 def identity(y: Tensor) -> Tensor:
@@ -38,6 +37,7 @@ class Case:
     seed: int = 0
     epilogue: Callable[..., Any] = identity
     parameters: dict[str, int | str] = field(default_factory=dict)
+    variant: str = "cpu_f32"
 
     @property
     def in_channels(self) -> int:
@@ -60,13 +60,13 @@ class Layer(nn.Module):
         pattern = BlockPattern.full(tuple(weight.shape), case.block)
         pattern = pattern.with_kept(torch.rand(pattern.grid_shape, generator=random) < case.density)
         self.weight = pattern.apply(weight)
-        for name, tensor in pack_weight(weight, pattern)._asdict().items():
+        for name, tensor in VARIANTS[case.variant].pack(weight, pattern)._asdict().items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", torch.randn(case.out_channels, generator=random) if case.bias else None)
         self.stride = list(case.stride or (1,) * dims)
         self.padding = list(case.padding or (0,) * (2 * dims))
         self.dilation = list(case.dilation or (1,) * dims)
-        self.kernel = KernelConfig("cpu_f32", case.parameters).encode(pattern)
+        self.kernel = KernelConfig(case.variant, case.parameters).encode(pattern)
 
     def forward(self, x: Tensor) -> Any:
         case = self.case
@@ -126,7 +126,7 @@ def run(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, str]:
 def count_kernels(source: str) -> dict[str, int]:
     """Number of block-sparse kernels, and of all kernels, in the text of one graph with the C++ wrapper."""
     return {
-        "block_sparse": source.count("using RegisterTile = Tile<"),
+        "block_sparse": source.count("using RegisterTile = "),
         "all": len(re.findall(r"void cpp_\w+\([^;{]*\)\s*\{", source)),
     }
 

@@ -1,0 +1,111 @@
+"""MobileNets whose 1x1 convolutions keep few weights, against their fastest dense build.
+
+    python -m benchmarks.sparse_pointwise
+    python -m benchmarks.sparse_pointwise --model mobilenet_v1 --sparsity 0.9 --height 4
+
+The setting of "Fast Sparse ConvNets" (CVPR 2020): 90 % zeros in MobileNet-v1, 85 % in v2, single or in groups
+of output channels; the first layer, the depthwise layers and the classifier stay dense. Weights are random.
+Dense candidates are those of `benchmarks.models`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+import blocksparse_compiler as bsc
+
+from . import baselines, report, zoo
+from .models import check, dense_builds, kernels
+from .ours import newest_plan
+from .timing import interleave, keep_freed_memory
+
+SPARSITIES = {"mobilenet_v1": (0.9,), "mobilenet_v2": (0.85,)}
+
+
+def measure(
+    name: str, batch: int, sparsities: tuple[float, ...], heights: tuple[int, ...], budget: float
+) -> Iterator[dict[str, Any]]:
+    """One row per mask; every mask and every dense build take turns."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = zoo.NETWORKS[name]()
+    x = network.input(batch)
+    builds = dense_builds(network, x)
+    dense_names = list(builds)
+    facts: dict[tuple[float, int], dict[str, Any]] = {}
+    for sparsity in sparsities:
+        for height in heights:
+            torch.manual_seed(0)
+            sparse = zoo.NETWORKS[name]()
+            bsc.prune_blocks(sparse.model, (height, 1), 1 - sparsity, include=zoo.pointwise(sparse.model))
+            fast = baselines.compiled(sparse.forward, backend="blocksparse")
+            facts[sparsity, height] = {**check(fast, sparse, x), **kernels(newest_plan())}
+            builds[f"{sparsity}/{height}"] = fast
+    calls = {key: (lambda build=build: build(x)) for key, build in builds.items()}
+    timings = {key: t.to_json() for key, t in interleave(calls, budget=budget, rounds=(15, 200)).items()}
+    dense = {key: timings[key] for key in dense_names}
+    for (sparsity, height), known in facts.items():
+        ours = timings[f"{sparsity}/{height}"]
+        yield {
+            "model": name,
+            "batch": batch,
+            "sparsity": sparsity,
+            "block": f"{height}x1",
+            "dense": dense,
+            "best_dense": report.best(dense),
+            "ours": ours,
+            "speedup": report.speedup(dense, ours),
+            "speedup_minimum": report.speedup(dense, ours, "minimum_ms"),
+            **known,
+        }
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="sparse 1x1 convolutions, fp32: fastest dense build against ours")
+    for column in ("model", "batch", "zeros", "block", "sparse layers", "dense ms", "ours ms", "speed-up"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for r in rows:
+        dense = f"{r['dense'][r['best_dense']]['median_ms']:.2f} {r['best_dense']}"
+        layers = f"{r['sparse_layers']} of {r['sparse_layers'] + r['dense_layers']}"
+        shown = (r["model"], str(r["batch"]), f"{r['sparsity']:.0%}", r["block"], layers, dense)
+        table.add_row(*shown, f"{r['ours']['median_ms']:.2f}", f"{r['speedup']:.2f}")
+    report.console.print(table)
+
+
+def run(
+    model: Annotated[list[str], typer.Option(help="Networks.")] = list(SPARSITIES),  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1],  # noqa: B006
+    sparsity: Annotated[list[float], typer.Option(help="Zeros of 1x1 convolutions; default per model.")] = [],  # noqa: B006
+    height: Annotated[list[int], typer.Option(help="Output channels of a block.")] = [1, 4],  # noqa: B006
+    budget: Annotated[float, typer.Option(help="Seconds of timing per model and batch.")] = 5.0,
+    merge: Annotated[bool, typer.Option(help="Keep the other rows of an existing results file.")] = False,
+    name: Annotated[str, typer.Option(help="Results are written as <name>.json.")] = "sparse_pointwise",
+) -> None:
+    """Whole MobileNets against the strongest dense baseline."""
+    unknown = [m for m in model if m not in zoo.NETWORKS]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(zoo.NETWORKS)}")
+    keep_freed_memory()
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for network in model:
+            wanted = tuple(sparsity) or SPARSITIES.get(network, (0.9,))
+            for size in batch:
+                rows += measure(network, size, wanted, tuple(height), budget)
+    print_rows(rows)
+    if merge:
+        rows = report.merge(report.path_of(name), rows, ("model", "batch", "sparsity", "block"))
+    path = report.save(name, rows)
+    report.console.print(f"wrote {path.name} in {path.parent.name}/")
+
+
+if __name__ == "__main__":
+    if report.asks_for_gpu(sys.argv):
+        raise SystemExit("Sparse 1x1 convolutions have CPU kernels only.")
+    typer.run(run)

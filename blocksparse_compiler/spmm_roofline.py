@@ -1,0 +1,70 @@
+"""What the CPU kernel for scattered weights costs (`cpu_spmm`): nonzeros, and transposing in and out.
+
+A nonzero block costs the dearest of its multiply-adds, its instructions that load, and, where the panel of
+inputs exceeds L1, the bytes that it takes from L2. Higher blocks share the loads and the bytes.
+"""
+
+from __future__ import annotations
+
+import sympy
+
+from . import cpu_spmm
+from .devices import DeviceSpec
+from .kernel_variant import output_pixels
+from .pattern import BlockPattern, BlockShape
+from .plan import Site
+from .roofline import Cost, activation_bytes, memory_seconds, positions, weight_elements
+
+MULTIPLY_RATE = 0.8
+"""Of peak, with everything in registers and L1."""
+
+TILE_SECONDS = 15e-9
+"""To transpose 16 x 16 floats on vectors of 16, caches and epilogue included; fitted to MobileNet-v1."""
+
+FETCH_RATE = 1.4
+"""Of the rate at which a copy streams from L2: nonzeros read runs of whole lines. Fitted likewise."""
+
+_BYTES, _INDEX_BYTES = 4, 4
+
+
+def sparse_rows_cost(
+    site: Site, pattern: BlockPattern | BlockShape, device: DeviceSpec, *, density: float = 1.0
+) -> Cost:
+    """A pointwise or linear layer on `cpu_f32_spmm`; arguments as those of `roofline.sparse_cost`."""
+    if isinstance(pattern, BlockPattern):
+        height, blocks = pattern.block_shape[0], float(pattern.num_kept)
+    else:
+        height, blocks = pattern[0], density * weight_elements(site) / pattern[0]
+    row_threads = cpu_spmm.split_rows(site, device)
+    tile = cpu_spmm.pixel_tile(
+        height,
+        output_pixels(site),
+        device.vector_lanes,
+        device.vector_registers,
+        device.threads,
+        row_threads,
+    )
+    panels = sympy.ceiling(positions(site) / tile.pixels)
+    turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
+    tiles = (site.in_channels + site.out_channels / row_threads) / cpu_spmm.SIDE * tile.pixels / cpu_spmm.SIDE
+    panel = blocks / row_threads * _block_seconds(site, height, tile, device)
+    panel += tiles * TILE_SECONDS * cpu_spmm.SIDE / device.vector_lanes
+    traffic = activation_bytes(site) + blocks * (_BYTES * height + _INDEX_BYTES)
+    return Cost(
+        2 * positions(site) * blocks * height,
+        traffic,
+        turns * panel,
+        memory_seconds(traffic, device),
+        sympy.Float(device.sparse_call_seconds),
+    )
+
+
+def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: DeviceSpec) -> float:
+    """One nonzero block on one thread's tile."""
+    vector = 2 * tile.lanes / device.peak_fp32_flops_per_second_per_thread
+    multiply = height * tile.vectors * vector / MULTIPLY_RATE
+    load = (tile.vectors + height + 2) * vector
+    panel_bytes = _BYTES * site.in_channels * tile.pixels
+    missing = max(0.0, 1 - 0.75 * device.l1_bytes_per_thread / panel_bytes)
+    fetch = missing * _BYTES * tile.pixels / (FETCH_RATE * device.l2_bytes_per_second_per_thread)
+    return max(multiply, load, fetch)

@@ -1,0 +1,163 @@
+// Sparse weights by dense pixels, fp32: blocks of one input channel and 1, 2 or 4 output channels.
+//
+//   out[p][o] = bias[o] + sum over nonzeros (o, c) of x[p][c] * w[o][c]
+//
+// A vector holds neighbouring pixels, and a nonzero costs one multiply-add per vector. So pixels must lie side by
+// side: a panel [channel][pixel] of the input is transposed into a cache first, and sums are transposed back.
+#ifndef SPARSE_ROWS_F32
+#define SPARSE_ROWS_F32
+
+namespace block_sparse {
+
+// Tiles that move between channels-last memory and panels are 16 x 16.
+constexpr int64_t SIDE = 16;
+
+// to[j][i] = from[i][j]
+#if defined(CPU_CAPABILITY_AVX512)
+BLOCK_SPARSE_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  const auto pairs = [](const __m512& a) { return _mm512_castps_pd(a); };
+  __m512 a[SIDE], b[SIDE];
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) a[i] = _mm512_loadu_ps(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < SIDE; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < SIDE; i += 4) {
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(b[i]), pairs(b[i + 2])));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(b[i]), pairs(b[i + 2])));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs(b[i + 1]), pairs(b[i + 3])));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs(b[i + 1]), pairs(b[i + 3])));
+  }
+  // Each quarter of a[4 * q + j] now holds column j of that quarter, rows 4 * q to 4 * q + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), odd01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_ps(to + j * to_stride, _mm512_shuffle_f32x4(even01, even23, 0x88));
+    _mm512_storeu_ps(to + (4 + j) * to_stride, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+    _mm512_storeu_ps(to + (8 + j) * to_stride, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+    _mm512_storeu_ps(to + (12 + j) * to_stride, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+  }
+}
+#else
+BLOCK_SPARSE_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+#if defined(CPU_CAPABILITY_AVX2)
+  at::vec::transpose_mxn<float, SIDE, SIDE>(from, from_stride, to, to_stride);
+#else
+  for (int64_t j = 0; j < SIDE; ++j)
+    for (int64_t i = 0; i < SIDE; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+#endif
+
+// Memory of a thread, 64-byte aligned, that later calls find warm.
+inline float* panel_memory(int64_t floats) {
+  struct Memory {
+    float* data = nullptr;
+    int64_t size = 0;
+    ~Memory() { std::free(data); }
+  };
+  static thread_local Memory memory;
+  if (memory.size < floats) {
+    std::free(memory.data);
+    memory.data = static_cast<float*>(std::aligned_alloc(64, (4 * floats + 63) / 64 * 64));
+    memory.size = memory.data ? floats : 0;
+    if (!memory.data) throw std::bad_alloc();
+  }
+  return memory.data;
+}
+
+// panel[channel][PIXELS] of `count` pixels, `step` floats apart; zeros beyond them.
+template <int64_t PIXELS, int64_t CHANNELS>
+inline void fill_panel(float* panel, const float* x, int64_t step, int64_t count) {
+  alignas(64) float edge[SIDE * SIDE];
+  for (int64_t p = 0; p < PIXELS; p += SIDE) {
+    const int64_t rows = std::max<int64_t>(0, std::min(SIDE, count - p));
+    // The last channels move left to stay inside, and some are written twice.
+    for (int64_t first = 0; first < CHANNELS; first += SIDE) {
+      const int64_t c = std::max<int64_t>(0, std::min(first, CHANNELS - SIDE));
+      if (rows == SIDE && CHANNELS >= SIDE) {
+        transpose(x + p * step + c, step, panel + c * PIXELS + p, PIXELS);
+        continue;
+      }
+      constexpr int64_t WIDTH = std::min(SIDE, CHANNELS);
+      std::fill(edge, edge + SIDE * SIDE, 0.0f);
+      for (int64_t i = 0; i < rows; ++i)
+        std::copy(x + (p + i) * step + c, x + (p + i) * step + c + WIDTH, edge + i * SIDE);
+      if (WIDTH == SIDE) {
+        transpose(edge, SIDE, panel + c * PIXELS + p, PIXELS);
+      } else {
+        for (int64_t j = 0; j < WIDTH; ++j)
+          for (int64_t i = 0; i < SIDE; ++i) panel[(c + j) * PIXELS + p + i] = edge[i * SIDE + j];
+      }
+    }
+  }
+}
+
+// HEIGHT output channels by VECTORS vectors of pixels in registers.
+template <int LANES, int HEIGHT, int VECTORS, int FLUSH>
+struct SparseRows {
+  using Vec = Lanes<LANES>;
+  using Value = typename Vec::Value;
+  static constexpr int64_t PIXELS = LANES * VECTORS;
+  // Few accumulators would wait for each other: several sets take turns.
+  static constexpr int SETS = HEIGHT * VECTORS >= 7 ? 1 : HEIGHT * VECTORS >= 4 ? 2 : 4;
+  typedef Value Accumulators[SETS][HEIGHT][VECTORS];
+
+  // acc += w * x for one nonzero column of the block row.
+  BLOCK_SPARSE_INLINE void multiply(Value (&acc)[HEIGHT][VECTORS], const float* x, const float* w) {
+    Value wr[HEIGHT];
+#pragma GCC unroll 8
+    for (int r = 0; r < HEIGHT; ++r) wr[r] = Vec::broadcast(w + r);
+#pragma GCC unroll 32
+    for (int v = 0; v < VECTORS; ++v) {
+      const Value xv = Vec::load(x + v * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < HEIGHT; ++r) acc[r][v] = Vec::multiply_add(xv, wr[r], acc[r][v]);
+    }
+  }
+
+  // out[HEIGHT][PIXELS] of one block row: its nonzero columns [begin, end), and HEIGHT biases or null.
+  BLOCK_SPARSE_INLINE void row(
+      float* out, const float* panel, const float* values, const int32_t* channel, int32_t begin, int32_t end,
+      const float* bias) {
+    bool first = true;
+    do {  // in parts: many short sums round less than a long one
+      const int32_t stop = std::min(end, begin + FLUSH);
+      Accumulators acc;
+#pragma GCC unroll 256
+      for (int i = 0; i < SETS * HEIGHT * VECTORS; ++i) acc[i / (HEIGHT * VECTORS)][i / VECTORS % HEIGHT][i % VECTORS] = Value{};
+      int32_t n = begin;
+#pragma GCC unroll 1
+      for (; n + SETS <= stop; n += SETS) {
+#pragma GCC unroll 4
+        for (int s = 0; s < SETS; ++s)
+          multiply(acc[s], panel + channel[n + s] * PIXELS, values + static_cast<int64_t>(n + s) * HEIGHT);
+      }
+#pragma GCC unroll 1
+      for (; n < stop; ++n) multiply(acc[0], panel + channel[n] * PIXELS, values + static_cast<int64_t>(n) * HEIGHT);
+#pragma GCC unroll 8
+      for (int r = 0; r < HEIGHT; ++r) {
+#pragma GCC unroll 32
+        for (int v = 0; v < VECTORS; ++v) {
+          Value sum = acc[0][r][v];
+#pragma GCC unroll 4
+          for (int s = 1; s < SETS; ++s) sum = sum + acc[s][r][v];
+          float* const y = out + r * PIXELS + v * LANES;
+          if (!first) sum = sum + Vec::load(y);
+          if (stop == end && bias) sum = sum + Vec::broadcast(bias + r);
+          Vec::store(sum, y);
+        }
+      }
+      first = false;
+      begin = stop;
+    } while (begin < end);
+  }
+};
+
+}  // namespace block_sparse
+#endif

@@ -1,0 +1,230 @@
+"""Scattered weights in pointwise and linear layers: the kernel with vectors along pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_cases import Case, Layer, Layers, assert_close_to_float64, compiling, count_kernels, run
+from layer_cases import FIXED, conv_site, linear_site
+from torch import nn
+
+import blocksparse_compiler as bsc
+from blocksparse_compiler import BlockPattern, cost, trace
+from blocksparse_compiler.backend import compiled_graphs
+from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM, pixel_tile, pixel_tiles
+from blocksparse_compiler.packing import unpack_weight
+from blocksparse_compiler.passes.choose_kernels import choose_kernels
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+def rows(shape, out_channels, height=1, **kwargs) -> Case:
+    kernel_size = (1, 1) if len(shape) == 4 else ()
+    fields = {"density": 0.2, "kernel_size": kernel_size, "block": (height, 1), **kwargs}
+    return Case(shape, out_channels, variant=SPMM.name, **fields)
+
+
+TRICKY = [
+    *(rows((1, 48, 7, 7), 64, h, parameters={"row_threads": 2}) for h in HEIGHTS),
+    *(rows((2, 64, 14, 14), 96, h, bias=False) for h in HEIGHTS),
+    # Channels and pixels that fill no tile of 16, fewer than one, no weight left, sums in several parts.
+    rows((2, 29, 14, 13), 50),
+    rows((1, 5, 3, 3), 7, 2, density=0.9),
+    rows((1, 16, 4, 4), 16, density=0.0),
+    rows((5, 700), 50, 2, density=0.9),
+    rows((1, 11), 7, density=0.9),
+    rows((2, 9, 33), 40, 4, parameters={"pixels": 16, "row_threads": 3}),
+]
+
+
+def check(cases: list[Case]) -> None:
+    module = Layers(cases)
+    xs = [case.input() for case in cases]
+    outs, source = run(module, xs, dynamic=False)
+    for layer, x, out in zip(module.layers, xs, outs, strict=True):
+        assert_close_to_float64(layer, x, out)
+    assert "SparseRows<" in source
+    assert "blocksparse" not in source.replace("blocksparse_compiler", ""), "an operator was not lowered"
+
+
+def test_tricky_shapes():
+    check(TRICKY)
+
+
+@st.composite
+def cases(draw):
+    channels, size = st.integers(1, 70), st.integers(1, 12)
+    in_channels, out_channels = draw(channels), draw(channels)
+    image = (draw(size), draw(size)) if draw(st.booleans()) else ()
+    shape = (draw(size), in_channels, *image)
+    return rows(
+        shape,
+        max(out_channels, 8),
+        draw(st.sampled_from(HEIGHTS)),
+        bias=draw(st.booleans()),
+        density=draw(st.sampled_from([0.05, 0.3, 1.0])),
+        seed=draw(st.integers(0, 2**16)),
+        parameters={"row_threads": draw(st.integers(1, 3))},
+    )
+
+
+@settings(deadline=None, max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(st.lists(cases(), min_size=10, max_size=10))
+def test_random_shapes(drawn):
+    check(drawn)
+
+
+def test_one_compilation_serves_every_batch():
+    layer = Layer(rows((4, 32, 7, 9), 32))
+    with compiling():
+        fast = torch.compile(layer, fullgraph=True, dynamic=True)
+        for batch in (2, 3, 8):
+            x = torch.randn(batch, 32, 7, 9).to(memory_format=torch.channels_last)
+            with torch._dynamo.config.patch(error_on_recompile=batch != 2):
+                assert_close_to_float64(layer, x, fast(x))
+
+
+def test_epilogue_is_fused():
+    layer = Layer(rows((2, 40, 7, 9), 36, 2))
+
+    def block(x, extra):
+        y = layer(x)
+        return torch.relu(y * 2 + extra), y
+
+    x = layer.case.input()
+    extra = torch.randn(2, 36, 7, 9).to(memory_format=torch.channels_last)
+    (out, raw), source = run(block, x, extra, dynamic=False)
+    want = layer.reference(x)
+    torch.testing.assert_close(raw, want.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, torch.relu(want * 2 + extra).float(), rtol=1e-4, atol=1e-4)
+    assert count_kernels(source) == {"block_sparse": 1, "all": 1}
+
+
+OTHER_ISA = """
+from test_sparse_rows import TRICKY, check
+check(TRICKY)
+"""
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_vector_widths(capability):
+    path = os.pathsep.join([str(HELPERS), str(Path(__file__).parent)])
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", OTHER_ISA], env=environment, check=True, timeout=300)
+
+
+# ---- the table ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+def test_packing_round_trip(height):
+    weight = torch.randn(41, 29, 1, 1)
+    pattern = BlockPattern.full(tuple(weight.shape), (height, 1))
+    pattern = pattern.with_kept(torch.rand(pattern.grid_shape) < 0.3)
+    packed = SPMM.pack(weight, pattern)
+    assert torch.equal(unpack_weight(*packed, 41, 29, (1, 1)), pattern.apply(weight))
+    assert (packed.row_ptr.shape[1] - 1) * height == 48 and int(packed.row_ptr[0, -1]) == pattern.num_kept
+
+
+@pytest.mark.parametrize("lanes, registers", [(16, 32), (8, 16), (4, 16)])
+def test_tiles_fit_registers_and_whole_transposes(lanes, registers):
+    for height in HEIGHTS:
+        tiles = pixel_tiles(height, lanes, registers)
+        assert tiles and all(tile.pixels % 16 == 0 for tile in tiles)
+        fitting = [t for t in tiles if height * t.vectors + height + 1 <= registers]
+        assert tiles == fitting or (height, lanes) == (4, 4)
+
+
+def test_few_pixels_fill_one_tile():
+    assert pixel_tile(1, 49, 16, 32).pixels == 64
+    assert pixel_tile(1, 784, 16, 32, threads=2).pixels == 80
+    config = SPMM.configs(conv_site(kernel=1, size=7, batch=1), _full((256, 256, 1, 1)), FIXED)[0]
+    assert config == {"pixels": 64, "row_threads": 2}
+
+
+@pytest.mark.parametrize(
+    "site, block, reason",
+    [
+        (conv_site(kernel=1), (1, 1), None),
+        (linear_site(), (4, 1), None),
+        (conv_site(kernel=1), (3, 1), "blocks of 1x1"),
+        (conv_site(kernel=1), (4, 4), "blocks of 1x1"),
+        (conv_site(kernel=3), (1, 1), "1x1 convolutions"),
+        (conv_site(kernel=1, stride=(2, 2)), (1, 1), "stride 1"),
+        (conv_site(kernel=1, padding=((1, 1), (0, 0))), (1, 1), "padded"),
+    ],
+)
+def test_unsupported_says_why(site, block, reason):
+    shape = (site.out_channels, site.in_channels, *site.kernel_size)
+    found = SPMM.unsupported(site, _full(shape, block))
+    assert found is None if reason is None else reason in found
+
+
+def _full(shape, block=(1, 1)):
+    return BlockPattern.full(shape, block)
+
+
+# ---- the decision ------------------------------------------------------------------------------------
+
+
+def test_more_zeros_never_cost_more_and_high_blocks_cost_less():
+    for size in (7, 14, 56):
+        site = conv_site(kernel=1, size=size, batch=1)
+        for height in HEIGHTS:
+            seconds = [
+                cost.sparse_cost(site, (height, 1), FIXED, SPMM.name, density=d).evaluate()
+                for d in (0.05, 0.1, 0.3, 1.0)
+            ]
+            assert seconds == sorted(seconds)
+        low, high = (
+            cost.break_even_density(site, (height, 1), FIXED, variant=SPMM.name) for height in (1, 4)
+        )
+        assert 0.05 < low <= high < 1
+
+
+def test_single_weights_are_candidates_only_where_they_may_pay():
+    def estimates(layer, x):
+        (decision,) = choose_kernels(trace(layer.eval(), x), FIXED)
+        return decision.estimates
+
+    x = torch.randn(1, 256, 14, 14)
+    layer = nn.Conv2d(256, 256, 1)
+    bsc.prune_blocks(layer, (1, 1), 0.1)
+    assert "cpu_f32_spmm 1x1" in estimates(layer, x)
+    bsc.prune_blocks(layer := nn.Conv2d(256, 256, 1), (1, 1), 0.8)
+    assert "cpu_f32_spmm 1x1" not in estimates(layer, x)
+    bsc.prune_blocks(layer := nn.Conv2d(256, 256, 1), (4, 1), 0.1)
+    found = estimates(layer, x)
+    assert "cpu_f32_spmm 4x1" in found and "cpu_f32_spmm 1x1" not in found
+    bsc.prune_blocks(layer := nn.Conv2d(256, 256, 3, padding=1), (1, 1), 0.1)
+    assert "cpu_f32_spmm 1x1" not in estimates(layer, x)
+
+
+def test_mobile_network():
+    """Pointwise layers run on single weights; the depthwise layer stays dense."""
+
+    def point(inputs, outputs):
+        layer = nn.Conv2d(inputs, outputs, 1, bias=False)
+        return bsc.prune_blocks(layer, (1, 1), 0.1)
+
+    torch.manual_seed(0)
+    depthwise = nn.Conv2d(128, 128, 3, padding=1, groups=128)
+    net = nn.Sequential(
+        point(64, 128), nn.BatchNorm2d(128), nn.ReLU6(), depthwise, nn.ReLU6(), point(128, 64)
+    ).eval()
+    x = torch.randn(1, 64, 14, 14).to(memory_format=torch.channels_last)
+    plan = choose_kernels(trace(net, x), dataclasses.replace(FIXED), allow_dense=False)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        fast = torch.compile(net, backend="blocksparse", fullgraph=True, options={"dense": "never"})
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    for decisions in (plan, compiled_graphs()[-1].plan):
+        assert [d.kernel for d in decisions] == [SPMM.name, "dense", SPMM.name]
