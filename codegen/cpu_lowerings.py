@@ -100,10 +100,10 @@ def _lower_conv2d(
         input_size=tuple(size),
         output_size=tuple(out_size),
         input_strides=(image_stride, row_stride, pixel_stride),
-        kernel_size=tuple(kernel_size),
-        stride=tuple(stride),
-        pad_begin=tuple(padding[::2]),
-        dilation=tuple(dilation),
+        kernel_size=(kernel_size[0], kernel_size[1]),
+        stride=(stride[0], stride[1]),
+        pad_begin=(padding[0], padding[2]),
+        dilation=(dilation[0], dilation[1]),
     )
     shape = [n, *out_size, weight.out_channels]
     if conv.is_flat(n):

@@ -69,7 +69,7 @@ class BlockSparseTemplate(CppTemplate):
         epilogue_nodes: Sequence[Any] | None = None,
         **_: Any,
     ) -> str:
-        out = self.output_node if template_buffer_node is None else template_buffer_node
+        out: Any = self.output_node if template_buffer_node is None else template_buffer_node
         *rows, channels = out.get_size()
         pixels = sympy.prod(rows)
         raw, copy = raw_output(out)

@@ -47,7 +47,8 @@ def compile_fx(gm: GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
     with _best_linear_library():
-        return inductor_compile_fx(gm, list(inputs), config_patches=dict(config))
+        compiled: Any = inductor_compile_fx(gm, list(inputs), config_patches=dict(config))
+    return compiled  # type: ignore[no-any-return]
 
 
 def _best_linear_library() -> contextlib.AbstractContextManager[Any]:
@@ -177,7 +178,8 @@ def kernels_have_scratch() -> bool:
 
     Before torch 2.13, the C++ wrapper allocates for one program what all of them write to.
     """
-    return not V.graph.cpp_wrapper or torch.__version__ >= (2, 13)
+    major, minor = map(int, torch.__version__.split(".")[:2])
+    return not V.graph.cpp_wrapper or (major, minor) >= (2, 13)
 
 
 # ---- Inductor without its device (mock_gpu, offline) -----------------------------------------------

@@ -77,12 +77,12 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class NormCall:
-    """The arguments of one inference-mode batch norm; any of the four tensors may be absent."""
+    """The arguments of one inference-mode batch norm; `weight` and `bias` may be absent."""
 
     node: Node
     input: Node
-    mean: Node | None
-    var: Node | None
+    mean: Node
+    var: Node
     weight: Node | None
     bias: Node | None
     eps: float
@@ -111,6 +111,7 @@ def layer_call(node: Node) -> LayerCall | None:
     numbers = (stride, dilation, output_padding, padding, (args.get("groups", 1),))
     if any(value is None or any(not _is_static(v) for v in value) for value in numbers):
         return None
+    assert stride is not None and padding is not None and dilation is not None and output_padding is not None
     return LayerCall(
         node, dims, transposed, args["input"], weight, bias,
         stride, padding, dilation, output_padding, int(args.get("groups", 1)),
@@ -123,10 +124,10 @@ def norm_call(node: Node) -> NormCall | None:
         return None
     args = _bind(node, _NORMS[node.target])
     eps = args.get("eps", 1e-5)
-    if args.get("training", False) or args.get("running_mean") is None or not isinstance(eps, int | float):
+    mean, var = args.get("running_mean"), args.get("running_var")
+    if args.get("training", False) or mean is None or var is None or not isinstance(eps, int | float):
         return None
-    tensors = [args.get(key) for key in ("running_mean", "running_var", "weight", "bias")]
-    return NormCall(node, args["input"], *tensors, float(eps))
+    return NormCall(node, args["input"], mean, var, args.get("weight"), args.get("bias"), float(eps))
 
 
 def tensor_meta(node: Node) -> torch.Tensor | None:

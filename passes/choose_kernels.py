@@ -147,8 +147,7 @@ def _obey(decision: Decision, site: Site, weight: Tensor | None, device: AnyDevi
     if decision.is_dense:
         return replace(decision, site=site)
     pattern = decision.pattern
-    fits = pattern is not None and weight is not None and pattern.weight_shape == tuple(weight.shape)
-    if not fits:
+    if pattern is None or weight is None or pattern.weight_shape != tuple(weight.shape):
         raise PlanError(
             site.name,
             f"a plan for a weight of shape {None if weight is None else list(weight.shape)}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from .calls import LayerCall, NormCall, layer_call, norm_call, tensor_meta
 from .static_values import StaticValues, erase_unused, set_constant
@@ -43,17 +43,22 @@ def _can_fold(layer: LayerCall, norm: NormCall, values: StaticValues) -> bool:
 
 @torch.no_grad()
 def _fold(gm: GraphModule, layer: LayerCall, norm: NormCall, values: StaticValues) -> None:
-    weight: Tensor = values.get(layer.weight)
+    def value(node: Node) -> Tensor:
+        found = values.get(node)
+        assert found is not None  # _can_fold has asked is_static
+        return found
+
+    weight = value(layer.weight)
     # In double: the one rounding left is that of the folded weight itself.
-    mean, var = values.get(norm.mean).double(), values.get(norm.var).double()
+    mean, var = value(norm.mean).double(), value(norm.var).double()
     scale = torch.rsqrt(var + norm.eps)
     if norm.weight is not None:
-        scale = scale * values.get(norm.weight).double()
+        scale = scale * value(norm.weight).double()
     bias = -mean * scale
     if layer.bias is not None:
-        bias = bias + values.get(layer.bias).double() * scale
+        bias = bias + value(layer.bias).double() * scale
     if norm.bias is not None:
-        bias = bias + values.get(norm.bias).double()
+        bias = bias + value(norm.bias).double()
     folded = _scaled(weight, _per_output_channel(scale, layer, weight))
     if layer.spatial_dims and weight.is_contiguous(memory_format=torch.channels_last) and weight.dim() == 4:
         folded = folded.contiguous(memory_format=torch.channels_last)

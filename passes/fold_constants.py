@@ -31,8 +31,10 @@ def fold_constants(gm: GraphModule) -> int:
 
 
 def _replace(gm: GraphModule, user: Node, operand: Node, values: StaticValues) -> int:
+    value = values.get(operand)
+    assert value is not None  # the caller has asked is_static
     with gm.graph.inserting_before(user):
-        constant = set_constant(gm, "folded", values.get(operand).clone())
+        constant = set_constant(gm, "folded", value.clone())
     user.replace_input_with(operand, constant)
     erase_unused(gm, [operand])
     return 1

@@ -74,14 +74,15 @@ class StaticValues:
 
     def _run(self, node: Node) -> Any:
         if node.op == "get_attr":
-            value = operator.attrgetter(node.target)(self._gm)
+            value = operator.attrgetter(str(node.target))(self._gm)
             return value.detach() if isinstance(value, torch.Tensor) else value
         args = map_arg(node.args, lambda n: self._values[n])
         kwargs = map_arg(node.kwargs, lambda n: self._values[n])
         with _Deterministic():
             if node.op == "call_method":
-                return getattr(args[0], node.target)(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            function: Any = node.target
+            return function(*args, **kwargs)
 
     def _checked(self, node: Node, value: Any) -> Any:
         # The surroundings of a call, such as autocast, are not part of its node.

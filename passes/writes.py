@@ -65,7 +65,7 @@ def written_operands(node: Node) -> list[Node]:
 def _body_writes(node: Node) -> bool:
     """Whether the graphs that a higher-order operator runs may write to its operands; without graphs, yes."""
     attributes = [n for n in node.all_input_nodes if n.op == "get_attr"]
-    values = [getattr(node.graph.owning_module, n.target, None) for n in attributes]
+    values = [getattr(node.graph.owning_module, str(n.target), None) for n in attributes]
     bodies = [value for value in values if isinstance(value, GraphModule)]
     return not bodies or any(n.op == "placeholder" for body in bodies for n in written_nodes(body))
 
