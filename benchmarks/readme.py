@@ -15,6 +15,7 @@ from .timing import geometric_mean
 
 README = Path(__file__).parent.parent / "README.md"
 TITLES = {"resnet50": "ResNet-50", "vgg16": "VGG-16", "vit_b16": "ViT-B/16", "bert_base": "BERT-base"}
+TITLES |= {"mobilenet_v1": "MobileNet-v1", "mobilenet_v2": "MobileNet-v2"}
 _SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -91,6 +92,20 @@ def training(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sparse_pointwise(data: dict[str, Any]) -> str:
+    """MobileNets with scattered zeros in their 1x1 convolutions."""
+    lines = [
+        _row("network", "batch", "zeros in 1x1 layers", "blocks", "fastest dense build", "ours", "speed-up"),
+        _row("---", "--:", "--:", "--:", "--:", "--:", "--:"),
+    ]
+    for row in data["rows"]:
+        dense = row["dense"][row["best_dense"]]["median_ms"]
+        times = f"{dense:.1f} ms", f"{row['ours']['median_ms']:.1f} ms"
+        cells = (TITLES.get(row["model"], row["model"]), row["batch"], f"{row['sparsity']:.0%}", row["block"])
+        lines.append(_row(*cells, *times, f"**{row['speedup']:.2f}×**"))
+    return "\n".join(lines)
+
+
 def machine(data: dict[str, Any]) -> str:
     """What the figures were measured on."""
     m = data["machine"]
@@ -105,6 +120,7 @@ SECTIONS = {
     "linear": (linear, "layers"),
     "compile_time": (compile_time, "compile_time"),
     "training": (training, "training"),
+    "sparse_pointwise": (sparse_pointwise, "sparse_pointwise"),
     "machine": (machine, "layers"),
 }
 
