@@ -248,6 +248,7 @@ def tune_plan(
     hints = {**traced_sizes(gm), **(hints or {})}
     values, calls = StaticValues(gm), {site.name: (call, site) for call, site in sites_with_calls(gm)}
     work = [d for d in plan if d.pattern is not None and d.site.name in calls]
+    spec_of = functools.cache(present_device)  # which reads files, or measures
     decided = {}
     for i, decision in enumerate(work):
         if progress:
@@ -257,7 +258,7 @@ def tune_plan(
         if weight is None:
             continue
         patterns = find_patterns(call, site, weight, variants.block_shapes(site.device, block_shape))
-        spec = device or present_device(site.device)
+        spec = device or spec_of(site.device)
         try:
             decided[site.name] = measure(site, patterns, spec, allow_dense=allow_dense, hints=hints)
         except Exception as error:

@@ -6,6 +6,7 @@ ask the cost model. A plan given by the user is checked against the weights and 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
@@ -64,12 +65,13 @@ def choose_kernels(
     given = {d.site.name: d for d in plan} if plan else {}
     decisions: list[Decision] = []
     names: dict[str, None] = {}
+    spec_of = functools.cache(present_device)  # which reads files, or measures
     for call, site in sites_with_calls(gm):
         obstacle = _obstacle_here(site) if device is None else None
         if obstacle:
             decisions.append(Decision(site, DENSE, f"stays dense: {obstacle}"))
             continue
-        spec = device or present_device(site.device)
+        spec = device or spec_of(site.device)
         if isinstance(spec, GpuSpec):
             spec = spec.as_compiled(inductor or {})
         if device is not None and not site.device.startswith(device.type):

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .. import training_ops as _training_ops  # noqa: F401  registers the operators
+from ..devices import AnyDevice
 from ..devices import device as present_device
 from ..pattern import BlockPattern
 from ..plan import Decision, Plan, Site
@@ -30,12 +31,13 @@ def lower_training(gm: GraphModule, plan: Plan, weights: FixedWeights) -> int:
     """Rewrites `gm` in place; returns the number of sites lowered."""
     nodes = {node.name: node for node in gm.graph.nodes}
     work = [decision for decision in plan if not decision.is_dense]
+    spec = present_device("cpu") if work else None  # reads files, or measures: once for all layers
     for decision in work:
         call = layer_call(nodes[decision.site.node])
         assert call is not None and decision.pattern is not None
         weight = weights.get(call.weight)
         assert weight is not None
-        _lower(gm, call, decision, decision.pattern, weights, weight)
+        _lower(gm, call, decision, decision.pattern, weights, weight, spec)
     if work:
         gm.recompile()
     return len(work)
@@ -48,6 +50,7 @@ def _lower(
     pattern: BlockPattern,
     weights: FixedWeights,
     weight: FixedWeight,
+    device: AnyDevice | None,
 ) -> None:
     site = decision.site
     padding = [p for pair in site.padding for p in pair]
@@ -62,7 +65,7 @@ def _lower(
             set_constant(gm, "tile_index", tables.tile_index),
             [set_constant(gm, "input_table", table) for table in tables.input_tables],
             kernel,
-            kernel_texts(tables, _input_kernels(site, tables)),
+            kernel_texts(tables, _input_kernels(site, tables, device)),
         )
         if not site.kernel_size:
             new = _call(gm, "sparse_linear", (*operands, *constants))
@@ -96,13 +99,13 @@ def _tiles(gm: GraphModule, weights: FixedWeights, weight: FixedWeight, pattern:
     return gm.graph.call_function(torch.mul, (tiles, set_constant(gm, "factor", factor)))
 
 
-def _best_config(site: Site, pattern: BlockPattern) -> dict[str, int | str]:
-    configs = VARIANTS[KERNEL].configs(site, pattern, present_device(site.device))
+def _best_config(site: Site, pattern: BlockPattern, device: AnyDevice | None) -> dict[str, int | str]:
+    configs = VARIANTS[KERNEL].configs(site, pattern, device)
     return configs[0] if configs else {}
 
 
-def _input_kernels(site: Site, tables: LayerTables) -> list[KernelConfig]:
+def _input_kernels(site: Site, tables: LayerTables, device: AnyDevice | None) -> list[KernelConfig]:
     return [
-        KernelConfig(KERNEL, {} if pattern is None else _best_config(phase, pattern))
+        KernelConfig(KERNEL, {} if pattern is None else _best_config(phase, pattern, device))
         for phase, pattern in zip(input_grad_sites(site), tables.phase_patterns, strict=True)
     ]

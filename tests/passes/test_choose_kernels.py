@@ -8,6 +8,7 @@ from torch import nn
 
 from blocksparse_compiler import BlockPattern, trace
 from blocksparse_compiler.backend import compiled_graphs
+from blocksparse_compiler.devices import SPECS
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
 
@@ -51,3 +52,17 @@ def test_layers_with_few_input_channels_are_read_in_columns():
     layer.weight.data[:, 1] = 0
     (decision,) = choose_kernels(trace(layer, torch.randn(1, 3, 9, 9)), allow_dense=False)
     assert decision.pattern.block_shape == (32, 1) and decision.pattern.density == pytest.approx(2 / 3)
+
+
+def test_the_device_is_looked_at_once_for_all_layers(monkeypatch):
+    """It may mean to measure the machine, which on a busy one is tried and given up each time."""
+    asked = []
+
+    def device(which):
+        asked.append(which)
+        return SPECS["avx512-2core"]
+
+    monkeypatch.setattr("blocksparse_compiler.passes.choose_kernels.present_device", device)
+    model = nn.Sequential(*(pruned(nn.Linear(64, 64), (32, 32)) for _ in range(3))).eval()
+    plan = choose_kernels(trace(model, torch.randn(8, 64)))
+    assert len(plan) == 3 and asked == ["cpu"]
