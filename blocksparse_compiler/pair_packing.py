@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor
@@ -119,6 +118,8 @@ def _pair(a: int, b: int, both: int, tiles: np.ndarray) -> Pair:
 
 
 def _matching(edges: np.ndarray, value: np.ndarray) -> set[tuple[int, int]]:
+    import networkx as nx  # slow to import, and only plans for GPUs need it
+
     graph = nx.Graph()
     graph.add_weighted_edges_from((a, b, float(value[a, b])) for a, b in edges.tolist())
     return nx.max_weight_matching(graph, maxcardinality=True)

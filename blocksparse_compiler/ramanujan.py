@@ -7,7 +7,6 @@ import math
 import zlib
 from dataclasses import dataclass
 
-import networkx as nx
 import torch
 from torch import Tensor
 
@@ -116,6 +115,8 @@ def second_singular_value(mask: Tensor) -> float:
 
 def _biregular_graph(rows: int, cols: int, degree: int, generator: torch.Generator) -> Tensor:
     """A simple bipartite graph of these degrees, shuffled by exchanging the ends of random pairs of edges."""
+    import networkx as nx  # slow to import
+
     start = nx.bipartite.havel_hakimi_graph([degree] * rows, [rows * degree // cols] * cols, nx.Graph())
     edges = [(min(u, v), max(u, v) - rows) for u, v in start.edges]
     present, n = set(edges), len(edges)
