@@ -32,7 +32,6 @@ STEP_BYTES = 128
 
 DTYPES = ("float16", "bfloat16", "float32")
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-MAX_TAPS = 2**15
 DECODE_ROWS = 16
 """Most rows of a linear layer that still count as decoding: bound by the bytes of the weight."""
 

@@ -21,7 +21,7 @@ from .gpu_devices import GpuSpec
 from .gpu_program import gpu_of_target, gpu_program
 from .pattern import BlockShape
 from .plan import Plan
-from .tables import PLAIN_WIDTH, plan_table
+from .tables import plain_text, plan_table
 
 if TYPE_CHECKING:
     from .codegen.cross_compile import CompiledKernel
@@ -168,10 +168,7 @@ class Inspection:
             yield Text(f"! {problem}", style="red")
 
     def __str__(self) -> str:
-        console = Console(width=PLAIN_WIDTH, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip("\n")
+        return plain_text(self)
 
     __repr__ = __str__
 

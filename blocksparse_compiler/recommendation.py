@@ -15,7 +15,7 @@ from .cost import format_seconds
 from .devices import AnyDevice
 from .pattern import BlockShape
 from .plan import Site
-from .tables import PLAIN_WIDTH, shape_label
+from .tables import plain_text, shape_label
 
 
 def shape_name(shape: BlockShape) -> str:
@@ -124,10 +124,7 @@ class Recommendation:
         yield Text(self.reason, style="bold")
 
     def __str__(self) -> str:
-        console = Console(width=PLAIN_WIDTH, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip("\n")
+        return plain_text(self)
 
     __repr__ = __str__
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,6 +17,7 @@ from torch.nn.utils import parametrize
 from .layout import canonical_shape, groups_of, is_transposed
 from .pattern import BlockShape
 from .selection import Layer, select_layers
+from .tables import plain_text
 from .weights import effective_weight, evaluation_mode, kept_pattern, weight_parameters
 
 
@@ -98,10 +98,7 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=160, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get().rstrip("\n")
+        return plain_text(self)
 
 
 def sparsity_report(model: nn.Module, *example_inputs: Any, **example_kwargs: Any) -> SparsityReport:

@@ -119,9 +119,14 @@ def plan_table(plan: Plan, *, title: str | None = None, width: int = PLAIN_WIDTH
 
 def render_plan(plan: Plan, *, title: str | None = None, width: int = PLAIN_WIDTH) -> str:
     """`plan_table` as plain text of at most `width` columns."""
+    return plain_text(plan_table(plan, title=title, width=width), width)
+
+
+def plain_text(renderable: RenderableType, width: int = PLAIN_WIDTH) -> str:
+    """What a terminal without colours, `width` columns wide, would show."""
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
-        console.print(plan_table(plan, title=title, width=width))
+        console.print(renderable)
     return capture.get().rstrip("\n")
 
 
