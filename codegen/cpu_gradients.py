@@ -9,9 +9,10 @@ import sympy
 import torch
 
 from .gradient_template import GradientTile, TileGradientTemplate
-from .inductor_api import ir, lowerings, parallel_num_threads, pick_vec_isa
+from .inductor_api import ir, parallel_num_threads, pick_vec_isa
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, Size, as_int, equal, is_static
+from .views import reshape
 
 PANEL_BYTES = 512 * 1024
 """Packed at once by each thread: half of a usual L2 cache."""
@@ -64,7 +65,7 @@ def lower_weight_grad(
     else:
         pixels = as_int(sympy.prod(x.get_size()[:-1]))
         x, grad = (
-            ir.ExternKernel.require_contiguous(lowerings[torch.ops.aten.reshape.default](t, [pixels, c]))
+            ir.ExternKernel.require_contiguous(reshape(t, [pixels, c]))
             for t, c in ((x, in_channels), (grad, out_channels))
         )
         conv = _flat(pixels, in_channels)

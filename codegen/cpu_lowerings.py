@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from .inductor_api import (
 )
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, all_static, as_int, flat_tiling, is_static, row_tiling
+from .views import conv1d_as_conv2d, reshape
 
 LONGEST_SUM = 192
 """Products summed up in one go. Dense kernels sum in blocks, which rounds less than one long sum; at this
@@ -42,10 +44,10 @@ def lower_linear(
     weight.check(x, -1)
     *rows, channels = x.get_size()
     pixels = as_int(sympy.prod(rows))
-    x = _reshape(x, [pixels, channels])
+    x = reshape(x, [pixels, channels])
     x = ir.ExternKernel.require_contiguous(x)
     out = weight.multiply(x, 1, _row_of_pixels(pixels, int(channels)), [pixels, out_channels])
-    return _reshape(out, [*rows, out_channels])
+    return reshape(out, [*rows, out_channels])
 
 
 def lower_conv(
@@ -65,11 +67,8 @@ def lower_conv(
     weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
     weight.check(x, 1)
     if len(kernel_size) == 1:
-        # A 1-D convolution is a 2-D one on images of one row.
-        n, channels, length = x.get_size()
-        geometry = ([1, *kernel_size], [1, *stride], [0, 0, *padding], [1, *dilation])
-        out = _lower_conv2d(weight, _reshape(x, [n, channels, 1, length]), *geometry)
-        return _reshape(out, [n, out_channels, out.get_size()[3]])
+        conv2d = functools.partial(_lower_conv2d, weight)
+        return conv1d_as_conv2d(conv2d, x, kernel_size, stride, padding, dilation)
     if len(kernel_size) != 2:
         raise Unsupported(f"{len(kernel_size)} spatial dimensions")
     return _lower_conv2d(weight, x, kernel_size, stride, padding, dilation)
@@ -221,7 +220,3 @@ def _vectors() -> tuple[int, int]:
     isa = pick_vec_isa()
     lanes = isa.nelements() if isa else 4
     return lanes, 32 if lanes == 16 else 16
-
-
-def _reshape(x: Any, sizes: list[Any]) -> Any:
-    return lowerings[torch.ops.aten.reshape.default](x, sizes)

@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from ..cpu_variants import RegisterTile
-from .epilogue import as_matrix, raw_output, reindexer, unroll
+from .epilogue import FusedEpilogue, as_matrix, reindexer, unroll
 from .inductor_api import KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size, Tiling, all_static
 
@@ -72,14 +72,7 @@ class BlockSparseTemplate(CppTemplate):
         out: Any = self.output_node if template_buffer_node is None else template_buffer_node
         *rows, channels = out.get_size()
         pixels = sympy.prod(rows)
-        raw, copy = raw_output(out)
-        nodes = [copy, *(epilogue_nodes or ())]
-        result = nodes[-1] if epilogue_nodes else out
-        outputs, aliases = {"Y": result}, {raw.get_name(): result.get_name()}
-        if epilogue_nodes and flag_template_buffer_has_other_users:
-            outputs["Raw"] = out
-        elif epilogue_nodes:
-            aliases[out.get_name()] = result.get_name()
+        fused = FusedEpilogue.of(out, epilogue_nodes, flag_template_buffer_has_other_users)
         x, values, row_ptr, tile_index, *bias = self.input_nodes
         inputs = {"X": x, "Values": values, "RowPtr": row_ptr, "TileIndex": tile_index}
         inputs.update(zip(("Bias",), bias, strict=False))
@@ -94,8 +87,8 @@ class BlockSparseTemplate(CppTemplate):
             "kernel": kernel,
             "profile": kernel.maybe_codegen_profile().replace(kernel.kernel_name, KERNEL_DESCRIPTION),
             "inputs": inputs,
-            "outputs": outputs,
-            "aliases": aliases,
+            "outputs": fused.outputs,
+            "aliases": fused.aliases,
             "cexpr": cexpr,
             "dtype": torch.float32,
             "flush": self.flush,
@@ -110,15 +103,15 @@ class BlockSparseTemplate(CppTemplate):
             "store": functools.partial(
                 self._store,
                 kernel,
-                as_matrix(result, pixels, channels),
-                raw,
-                nodes,
-                [reindexer(node, pixels, channels) for node in nodes],
+                as_matrix(fused.result, pixels, channels),
+                fused.raw,
+                fused.nodes,
+                [reindexer(node, pixels, channels) for node in fused.nodes],
             ),
             **self._tile_options(),
             **self._conv_options(),
         }
-        with patch.object(V.graph, "get_dtype", self._fake_get_dtype(raw)):
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype(fused.raw)):
             return self._template_from_string((_HERE / "templates" / self.source).read_text()).render(
                 **options
             )

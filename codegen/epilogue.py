@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -51,6 +52,39 @@ def raw_output(out: Any) -> tuple[Any, Any]:
         ranges=out.get_size(),
     )
     return raw, ir.ComputedBuffer(name=out.get_name(), layout=out.get_layout(), data=data)
+
+
+@dataclass(frozen=True)
+class FusedEpilogue:
+    """What a template computes and what Inductor fused behind it.
+
+    Attributes:
+        raw: stands for the kernel's local buffer, before the epilogue.
+        nodes: the epilogue's nodes; the first copies `raw` to the template's own buffer.
+        result: what is stored.
+        outputs: the kernel's output arguments by name: `Y`, and `Raw` if others read the template's buffer.
+        aliases: buffers whose place another one takes.
+    """
+
+    raw: Any
+    nodes: list[Any]
+    result: Any
+    outputs: dict[str, Any]
+    aliases: dict[str, str]
+
+    @classmethod
+    def of(cls, out: Any, behind: Sequence[Any] | None, out_has_other_users: bool | None) -> FusedEpilogue:
+        """Of a template with the output node `out`, and the nodes fused behind it."""
+        raw, copy = raw_output(out)
+        if not behind:
+            return cls(raw, [copy], out, {"Y": out}, {raw.get_name(): out.get_name()})
+        result = behind[-1]
+        outputs, aliases = {"Y": result}, {raw.get_name(): result.get_name()}
+        if out_has_other_users:
+            outputs["Raw"] = out
+        else:
+            aliases[out.get_name()] = result.get_name()
+        return cls(raw, [copy, *behind], result, outputs, aliases)
 
 
 def as_matrix(buffer: Any, pixels: Any, channels: Any) -> Any:

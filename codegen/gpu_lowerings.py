@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .gpu_template import Axis, KernelText, size_of, stride_of, template
 from .inductor_api import V, ir, lowerings, ops
 from .lowering_errors import Unsupported
 from .tiling import is_static
+from .views import conv1d_as_conv2d, reshape
 
 _AXES = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
 
@@ -27,10 +29,10 @@ def lower_linear(
     *rows, channels = x.get_size()
     if not is_static(channels):
         raise Unsupported("symbolic channels")
-    x = _reshape(x, [math.prod(rows), channels])
+    x = reshape(x, [math.prod(rows), channels])
     x = ir.ExternKernel.require_contiguous(x)
     out = weight.multiply(x, (), [math.prod(rows), out_channels], flat=True)
-    return _reshape(out, [*rows, out_channels])
+    return reshape(out, [*rows, out_channels])
 
 
 def lower_conv(
@@ -49,11 +51,8 @@ def lower_conv(
 ) -> Any:
     weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
     if len(kernel_size) == 1:
-        # A 1-D convolution is a 2-D one on images of one row.
-        n, channels, length = x.get_size()
-        geometry = ([1, *kernel_size], [1, *stride], [0, 0, *padding], [1, *dilation])
-        out = _lower_conv(weight, _reshape(x, [n, channels, 1, length]), *geometry)
-        return _reshape(out, [n, out_channels, out.get_size()[3]])
+        conv2d = functools.partial(_lower_conv, weight)
+        return conv1d_as_conv2d(conv2d, x, kernel_size, stride, padding, dilation)
     return _lower_conv(weight, x, kernel_size, stride, padding, dilation)
 
 
@@ -230,7 +229,3 @@ def _aligned(x: Any, l1: bool) -> int:
 
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     return 8 // x.get_dtype().itemsize if l1 and version < (3, 9) else 8
-
-
-def _reshape(x: Any, sizes: list[Any]) -> Any:
-    return lowerings[torch.ops.aten.reshape.default](x, sizes)

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import sympy
 import torch
 
-from .epilogue import as_matrix, raw_output, reindexer, unroll
+from .epilogue import FusedEpilogue, as_matrix, reindexer, unroll
 from .inductor_api import KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size
 
@@ -74,26 +74,21 @@ class TileGradientTemplate(CppTemplate):
     ) -> str:
         out: Any = self.output_node if template_buffer_node is None else template_buffer_node
         tiles, bh, bw = map(int, out.get_size())
-        raw, copy = raw_output(out)
-        nodes = [copy, *(epilogue_nodes or ())]
-        result = nodes[-1] if epilogue_nodes else out
-        outputs, aliases = {"Y": result}, {raw.get_name(): result.get_name()}
-        if epilogue_nodes and flag_template_buffer_has_other_users:
-            outputs["Raw"] = out
-        elif epilogue_nodes:
-            aliases[out.get_name()] = result.get_name()
+        fused = FusedEpilogue.of(out, epilogue_nodes, flag_template_buffer_has_other_users)
 
         def cexpr(size: Size) -> str:
             return cexpr_index(kernel.rename_indexing(sympy.sympify(size)))
 
         def store() -> str:
             target = kernel.slice_nd(
-                as_matrix(result, tiles * bh, bw), [("m_start", f"m_start + {bh}"), ("0", f"{bw}")]
+                as_matrix(fused.result, tiles * bh, bw), [("m_start", f"m_start + {bh}"), ("0", f"{bw}")]
             )
-            reindexers = [reindexer(node, tiles * bh, bw) for node in nodes]
+            reindexers = [reindexer(node, tiles * bh, bw) for node in fused.nodes]
             source, offsets = kernel.local_buffers["acc"], ("m_start", "0")
             return unroll(
-                kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
+                kernel.store_output(
+                    target, source, fused.raw, fused.nodes, offsets=offsets, reindexers=reindexers
+                )
             )
 
         headers = "\n".join(path.read_text() for path in _HEADERS)
@@ -103,8 +98,8 @@ class TileGradientTemplate(CppTemplate):
             "kernel": kernel,
             "profile": kernel.maybe_codegen_profile().replace(kernel.kernel_name, KERNEL_DESCRIPTION),
             "inputs": dict(zip(("Grad", "X", "TileIndex"), self.input_nodes, strict=True)),
-            "outputs": outputs,
-            "aliases": aliases,
+            "outputs": fused.outputs,
+            "aliases": fused.aliases,
             "cexpr": cexpr,
             "dtype": torch.float32,
             "num_threads": self.num_threads,
@@ -116,7 +111,7 @@ class TileGradientTemplate(CppTemplate):
             "store": store,
             **self._options(bh, bw),
         }
-        with patch.object(V.graph, "get_dtype", self._fake_get_dtype(raw)):
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype(fused.raw)):
             return self._template_from_string(_SOURCE.read_text()).render(**options)
 
     def _options(self, bh: int, bw: int) -> dict[str, Any]:

@@ -1,0 +1,34 @@
+"""Other shapes of Inductor's tensors, for kernels of any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .inductor_api import lowerings
+
+
+def reshape(x: Any, sizes: Sequence[Any]) -> Any:
+    return lowerings[torch.ops.aten.reshape.default](x, list(sizes))
+
+
+def conv1d_as_conv2d(
+    conv2d: Callable[..., Any],
+    x: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Any:
+    """A 1-D convolution as a 2-D one, on images of one row.
+
+    Args:
+        conv2d: takes `[N, C, 1, L]` and a geometry of two dimensions.
+    """
+    n, channels, length = x.get_size()
+    geometry = ([1, *kernel_size], [1, *stride], [0, 0, *padding], [1, *dilation])
+    out = conv2d(reshape(x, [n, channels, 1, length]), *geometry)
+    _, out_channels, _, out_length = out.get_size()
+    return reshape(out, [n, out_channels, out_length])
