@@ -138,7 +138,9 @@ def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_den
     if geometry(site) == "depthwise":
         return "depthwise convolution has one input channel per group"
     if not patterns or (allow_dense and all(p.num_kept == p.kept.numel() for p in patterns)):
-        return "no zero blocks found in any supported tile shape"
+        shapes = {p.block_shape for p in patterns}
+        tried = "{}x{} tiles".format(*shapes.pop()) if len(shapes) == 1 else "any supported tile shape"
+        return f"no zero blocks found in {tried}"
     return None
 
 

@@ -303,6 +303,13 @@ def device(which: str | torch.device | AnyDevice | os.PathLike[str] | None = Non
         from .calibrate import calibrated
 
         return calibrated(DeviceSpec.host())
+    if not isinstance(which, str | torch.device | os.PathLike):
+        raise OptionError(
+            "device",
+            "a name, a torch.device or a device spec",
+            f"a {type(which).__name__}",
+            "Pass a model's example inputs to trace(model, inputs), which comes before plan().",
+        )
     name = os.fspath(which) if isinstance(which, os.PathLike) else str(which)
     kind, _, index = name.partition(":")
     if kind == GpuSpec.type and (index.isdigit() or name == kind):

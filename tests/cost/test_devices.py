@@ -99,6 +99,12 @@ def test_unknown_device_lists_the_known_ones(which):
     assert all(name in str(caught.value) for name in (*SPECS, *GPU_SPECS))
 
 
+def test_inputs_in_place_of_a_device_are_told_so_without_printing_them():
+    with pytest.raises(OptionError, match="got a tuple") as caught:
+        device((torch.randn(8, 8),))  # type: ignore[arg-type]
+    assert "tensor" not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["not json", "{}", "[]", '{"name": "x"}'])
 def test_bad_file_is_one_clear_error(tmp_path, text):
     path = tmp_path / "bad.json"
