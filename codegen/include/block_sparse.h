@@ -238,6 +238,12 @@ struct Tile {
   static_assert(BW % DEPTH == 0 && (SPLIT == 1 || (BH == CHANNELS && !BIAS_FIRST)));
   typedef Value Accumulators[PIXELS][VECTORS];
 
+  // Weights that this pass will soon need: the hardware's own prefetching stops at the end of every page.
+  BLOCK_SPARSE_INLINE void prefetch(const Element* w) {
+    constexpr int64_t AHEAD = 4096;  // bytes
+    __builtin_prefetch(reinterpret_cast<const char*>(w) + AHEAD);
+  }
+
   // acc += x * w for one kept tile. SKIP names the pixel of each segment that is outside the image.
   template <int SKIP>
   BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const Element* const (&x)[SEGMENTS], const Element* w) {
@@ -246,6 +252,8 @@ struct Tile {
       Value wk[VECTORS];
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * WEIGHTS);
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) prefetch(w + k * BH + j * WEIGHTS);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const int i = p % SEGMENT;
