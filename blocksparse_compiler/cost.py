@@ -50,9 +50,7 @@ def candidates(
     """Every kernel variant at every block shape that can run the layer, fastest first; and why others not."""
     found, refusals = [], []
     for pattern in weight_patterns:
-        for name, variant in variants.VARIANTS.items():
-            if variant.device != site.device.partition(":")[0]:
-                continue
+        for name, variant in variants.variants_for(site).items():
             refusal = variant.unsupported(site, pattern)
             candidate = None if refusal else _candidate(site, pattern, device, name, hints)
             if candidate:
