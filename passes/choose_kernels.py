@@ -82,7 +82,7 @@ def choose_kernels(
         elif weight is None or weight.is_meta or weight.layout != torch.strided:
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
-            patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape))
+            patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape, site.dtype))
             decisions.append(cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints))
         names.setdefault(spec.name)
     return Plan(tuple(decisions), "+".join(names) or present_device("cpu").name)
