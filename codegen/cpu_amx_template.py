@@ -166,11 +166,15 @@ class AmxTemplate(BlockSparseTemplate):
         nodes: list[Any],
         reindexers: list[Callable[..., Any]],
     ) -> str:
-        """C++ that runs the epilogue on one output pixel, `m_start`: from row `row` of `acc`."""
+        """C++ that runs the epilogue on `rows` output pixels from `m_start` on, with their sums from `row` on.
+
+        The kernel passes a literal 1 for `rows`. Inductor must not know: its choice of a loop to vectorize
+        goes wrong where an outer loop has one iteration.
+        """
         c_end = "c_end" if int(nodes[0].get_size()[-1]) % self.width else f"c_start + {self.width}"
         width = f"{c_end} - c_start" if c_end == "c_end" else str(self.width)
-        source = kernel.slice_nd(kernel.local_buffers["acc"], [("row", "row + 1"), ("0", width)])
-        target = kernel.slice_nd(matrix, [("m_start", "m_start + 1"), ("c_start", c_end)])
+        source = kernel.slice_nd(kernel.local_buffers["acc"], [("row", "row + rows"), ("0", width)])
+        target = kernel.slice_nd(matrix, [("m_start", "m_start + rows"), ("c_start", c_end)])
         offsets = ("m_start", "c_start")
         code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
         return unroll(round_natively(code))

@@ -76,7 +76,6 @@ template <int SUMS, int A, int B> BLOCK_SPARSE_INLINE void dot() {
 struct PixelTile {
   const BFloat16* x;  // the first pixel's input at tap (0, 0), channel 0
   int64_t step, rows;
-  int64_t pixel[SIDE];  // number of each output pixel; -1 for those that are not this tile's to store
 };
 
 // The taps that lie inside the image, the same for all pixels of a pair.
@@ -88,20 +87,20 @@ struct PixelPair {
   PixelTile tile[2];
   bool two;
   Taps taps;
+  int64_t pixel[2 * SIDE];  // number of each output pixel; -1 for those that are not this pair's to store
 };
 
 // Pixels [first, first + 16) of `length`, evenly spaced in input and output. The last tile moves left to stay inside,
 // and leaves the pixels that it shares with the tile before to that one.
 BLOCK_SPARSE_INLINE void tile_of_run(
-    PixelTile& tile, int64_t first, int64_t length, const BFloat16* x, int64_t step, int64_t pixel, int64_t pixel_step) {
+    PixelPair& out, int64_t tile, int64_t first, int64_t length, const BFloat16* x, int64_t step, int64_t pixel,
+    int64_t pixel_step) {
   const int64_t start = std::max<int64_t>(0, std::min(first, length - SIDE));
-  tile.x = x + start * step;
-  tile.step = step;
-  tile.rows = std::min(SIDE, length);
+  out.tile[tile] = {x + start * step, step, std::min(SIDE, length)};
 #pragma GCC unroll 16
   for (int64_t i = 0; i < SIDE; ++i) {
     const bool mine = start + i >= first && start + i < length;
-    tile.pixel[i] = mine ? pixel + (start + i) * pixel_step : -1;
+    out.pixel[tile * SIDE + i] = mine ? pixel + (start + i) * pixel_step : -1;
   }
 }
 
@@ -111,8 +110,7 @@ BLOCK_SPARSE_INLINE void pair_of_rows(
   const int64_t first = pair * 2 * SIDE;
   out.two = first + SIDE < pixels;
   out.taps = {0, 1, 0, 1};
-  tile_of_run(out.tile[0], first, pixels, x, step, 0, 1);
-  if (out.two) tile_of_run(out.tile[1], first + SIDE, pixels, x, step, 0, 1);
+  for (int64_t i = 0; i <= out.two; ++i) tile_of_run(out, i, first + i * SIDE, pixels, x, step, 0, 1);
 }
 
 // What a convolution needs to know of its image: sizes in pixels, strides in elements.
@@ -145,7 +143,7 @@ BLOCK_SPARSE_INLINE void pair_of_regions(
     const int64_t oh = r.row + (r.along_columns ? 0 : run), ow = r.column + (r.along_columns ? run : 0);
     const BFloat16* const x =
         image + (oh * g.stride_h - g.pad_top) * g.row_stride + (ow * g.stride_w - g.pad_left) * g.pixel_stride;
-    tile_of_run(out.tile[i], first, length, x, step, first_pixel + oh * g.out_width + ow,
+    tile_of_run(out, i, first, length, x, step, first_pixel + oh * g.out_width + ow,
                 r.along_columns ? g.out_width : 1);
   }
 }
@@ -242,13 +240,12 @@ BLOCK_SPARSE_INLINE void pair_of_panel(
   const int64_t places = strip_places(panel, rows, g.out_width), first = pair * 2 * SIDE;
   out.two = first + SIDE < places;
   for (int64_t i = 0; i <= out.two; ++i) {
-    PixelTile& tile = out.tile[i];
-    tile_of_run(tile, first + i * SIDE, std::max(places, SIDE), x, BW, 0, 1);
-    for (int64_t j = 0; j < SIDE; ++j) {
-      const int64_t place = tile.pixel[j], column = place % panel.pitch, segment = place / panel.pitch;
+    tile_of_run(out, i, first + i * SIDE, std::max(places, SIDE), x, BW, 0, 1);
+    for (int64_t j = i * SIDE; j < (i + 1) * SIDE; ++j) {
+      const int64_t place = out.pixel[j], column = place % panel.pitch, segment = place / panel.pitch;
       const int64_t image = segment % panel.images, row = segment / panel.images;
       const bool exists = place >= 0 && column < g.out_width && image < images && row < rows;
-      tile.pixel[j] = exists ? first_pixel + (image * g.out_height + row) * g.out_width + column : -1;
+      out.pixel[j] = exists ? first_pixel + (image * g.out_height + row) * g.out_width + column : -1;
     }
   }
 }
@@ -370,8 +367,7 @@ struct Finished {
   template <class Store>
   __attribute__((always_inline)) inline void store_some(int64_t count, const Store& store) {
     for (const int64_t stop = std::min(end, next + count); next < stop; ++next) {
-      const int64_t number = pair->tile[next / SIDE].pixel[next % SIDE];
-      if (number >= 0) store(sums + next, number, channel);
+      if (pair->pixel[next] >= 0) store(sums + next, 1, pair->pixel[next], channel);
     }
   }
 };

@@ -68,7 +68,7 @@ class Machine:
 def amx(tmp_path_factory) -> Machine:
     folder = tmp_path_factory.mktemp("amx")
     (folder / "driver.cpp").write_text(DRIVER)
-    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-mfma", "-I", HEADER.parent, "driver.cpp"]
+    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-I", HEADER.parent, "driver.cpp"]
     subprocess.run([*command, "-o", "driver.so"], cwd=folder, check=True, timeout=120)
     return Machine(ctypes.CDLL(str(folder / "driver.so")))
 
