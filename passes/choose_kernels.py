@@ -83,7 +83,7 @@ def choose_kernels(
         elif weight is None or weight.is_meta or weight.layout != torch.strided:
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
-            patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape))
+            patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape, site.dtype))
             decision = cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints)
             decisions.append(_with_note(decision, call.node.meta.get(NOTE)))
         names.setdefault(spec.name)
