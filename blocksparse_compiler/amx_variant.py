@@ -1,4 +1,4 @@
-"""The CPU row of the kernel table for AMX: matrix instructions on tiles of 16 rows (Sapphire Rapids and later)."""
+"""The CPU row of the kernel table for AMX: instructions that multiply tiles (Sapphire Rapids and later)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from .plan import Site
 
 DEPTH = 32
 """Input channels of one tile product."""
+
+PANEL_PAIRS = 8
+"""Pairs of pixel tiles that 3x3 layers compute together, and that a panel holds."""
 
 
 def product_width(block_shape: BlockShape) -> int:
@@ -50,7 +53,7 @@ class AmxVariant(KernelVariant):
             return []
         pointwise = math.prod(pattern.kernel_size) == 1
         row_threads = split_block_rows(site, pattern, device, 2 * SIDE)
-        best: Parameters = {"chunk": 1 if pointwise else 8, "row_threads": row_threads}
+        best: Parameters = {"chunk": 1 if pointwise else PANEL_PAIRS, "row_threads": row_threads}
         others: list[Parameters] = [{"chunk": 8 if pointwise else 2}, {"chunk": 32}]
         if not pointwise:
             others += [{"panel": 0}, {"panel": 1}]

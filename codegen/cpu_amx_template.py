@@ -1,4 +1,4 @@
-"""The block-sparse kernel on AMX tiles as an Inductor C++ template, and the emulation that tests run it on."""
+"""The block-sparse kernel on AMX tiles as an Inductor C++ template, and its emulation for tests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..amx_tiling import SIDE, Axis, Panel, Region, panel, regions, wants_panel
 from ..amx_variant import product_width
 from .cpu_template import BlockSparseTemplate
 from .epilogue import round_natively, unroll
-from .inductor_api import pick_vec_isa
+from .inductor_api import inductor_config, pick_vec_isa
 from .tiling import ConvGeometry, Size, all_static, as_int, is_static
 
 PIXELS_BESIDE = 4
@@ -24,11 +22,15 @@ _emulated = False
 
 @contextlib.contextmanager
 def emulated_amx() -> Iterator[None]:
-    """Compiles AMX kernels with the tile instructions in plain C++. For tests: some 1000 times slower."""
+    """Compiles AMX kernels with the tile instructions in plain C++. For tests: some 1000 times slower.
+
+    Inductor's caches are off meanwhile: they must not give such code to anyone else.
+    """
     global _emulated
     before, _emulated = _emulated, True
     try:
-        yield
+        with inductor_config.patch(force_disable_caches=True):
+            yield
     finally:
         _emulated = before
 
@@ -137,7 +139,7 @@ class AmxTemplate(BlockSparseTemplate):
 
     def _conv_options(self) -> dict[str, Any]:
         g = self.conv
-        image_stride, row_stride, pixel_stride = g.input_strides
+        _, row_stride, pixel_stride = g.input_strides
         options = {
             "taps": g.kernel_size[0] * g.kernel_size[1],
             "kh": g.kernel_size[0],
@@ -165,15 +167,16 @@ class AmxTemplate(BlockSparseTemplate):
         raw: Any,
         nodes: list[Any],
         reindexers: list[Callable[..., Any]],
+        row: str,
     ) -> str:
-        """C++ that runs the epilogue on `rows` output pixels from `m_start` on, with their sums from `row` on.
+        """C++ that runs the epilogue on `rows` output pixels from `m_start` on, their sums from `row` of `acc` on.
 
         The kernel passes a literal 1 for `rows`. Inductor must not know: its choice of a loop to vectorize
         goes wrong where an outer loop has one iteration.
         """
         c_end = "c_end" if int(nodes[0].get_size()[-1]) % self.width else f"c_start + {self.width}"
         width = f"{c_end} - c_start" if c_end == "c_end" else str(self.width)
-        source = kernel.slice_nd(kernel.local_buffers["acc"], [("row", "row + rows"), ("0", width)])
+        source = kernel.slice_nd(kernel.local_buffers["acc"], [(row, f"{row} + rows"), ("0", width)])
         target = kernel.slice_nd(matrix, [("m_start", "m_start + rows"), ("c_start", c_end)])
         offsets = ("m_start", "c_start")
         code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)

@@ -84,7 +84,9 @@ def in_pairs(right: torch.Tensor) -> torch.Tensor:
 )
 def test_product_against_float64(amx, rows, pairs, columns, seed):
     random = torch.Generator().manual_seed(seed)
-    left = torch.randn(rows, 2 * pairs + 3, generator=random).bfloat16()[:, : 2 * pairs]  # a stride of its own
+    left = torch.randn(rows, 2 * pairs + 3, generator=random).bfloat16()[
+        :, : 2 * pairs
+    ]  # a stride of its own
     right = torch.randn(2 * pairs, columns, generator=random).bfloat16()
     start = torch.randn(rows, columns, generator=random)
     amx.configure({0: (rows, 4 * columns), 4: (rows, 4 * pairs), 6: (pairs, 4 * columns)})
@@ -121,7 +123,6 @@ def test_even_and_odd_products_are_summed_apart_then_added(amx):
 def test_products_are_not_rounded(amx):
     a = 1 + 2.0**-7
     assert one_sum(amx, 0.0, [1.0, 0.0, a, 0.0], [-1.0, 0.0, a, 0.0]) == 2.0**-6 + 2.0**-14
-
 
 
 def test_denormals_are_zero(amx):

@@ -17,11 +17,11 @@ from kernel_cases import Case, Layers, run
 
 from blocksparse_compiler.codegen.cpu_amx_template import emulated_amx
 
-FLAGS = (
-    "-std=c++20 -O3 -march=sapphirerapids -fopenmp -fPIC -w -DCPU_CAPABILITY_AVX512 "
-    "-ffast-math -fno-finite-math-only -fno-unsafe-math-optimizations "
-    "-fno-tree-loop-vectorize -ffp-contract=off"
-).split()
+FLAGS = [
+    *("-std=c++20", "-O3", "-march=sapphirerapids", "-fopenmp", "-fPIC", "-w", "-DCPU_CAPABILITY_AVX512"),
+    *("-ffast-math", "-fno-finite-math-only", "-fno-unsafe-math-optimizations"),  # as Inductor compiles
+    *("-fno-tree-loop-vectorize", "-ffp-contract=off"),
+]
 PAD = (1, 1, 1, 1)
 MODES = {
     "rows": Case((40, 64), 64, (), (32, 32), variant="cpu_amx_bf16", epilogue=torch.relu),
