@@ -169,7 +169,7 @@ class AmxTemplate(BlockSparseTemplate):
         reindexers: list[Callable[..., Any]],
         row: str,
     ) -> str:
-        """C++ that runs the epilogue on `rows` output pixels from `m_start` on, their sums from `row` of `acc` on.
+        """C++ that runs the epilogue on `rows` output pixels from `m_start` on; `row`: of `acc`, the first.
 
         The kernel passes a literal 1 for `rows`. Inductor must not know: its choice of a loop to vectorize
         goes wrong where an outer loop has one iteration.
