@@ -29,6 +29,7 @@ from ..variants import VARIANTS, block_shapes
 from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
+from .permute_channels import NOTE
 from .static_values import StaticValues
 
 MOST_SCATTERED = 0.5
@@ -67,7 +68,7 @@ def choose_kernels(
     names: dict[str, None] = {}
     spec_of = functools.cache(present_device)  # which reads files, or measures
     for call, site in sites_with_calls(gm):
-        obstacle = _obstacle_here(site) if device is None else None
+        obstacle = obstacle_here(site) if device is None else None
         if obstacle:
             decisions.append(Decision(site, DENSE, f"stays dense: {obstacle}"))
             continue
@@ -83,9 +84,14 @@ def choose_kernels(
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
             patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape, site.dtype))
-            decisions.append(cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints))
+            decision = cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints)
+            decisions.append(_with_note(decision, call.node.meta.get(NOTE)))
         names.setdefault(spec.name)
     return Plan(tuple(decisions), "+".join(names) or present_device("cpu").name)
+
+
+def _with_note(decision: Decision, note: str | None) -> Decision:
+    return replace(decision, reason=f"{decision.reason}; {note}") if note else decision
 
 
 def find_patterns(
@@ -129,7 +135,7 @@ def _without_needless_columns(patterns: list[BlockPattern]) -> list[BlockPattern
     return found
 
 
-def _obstacle_here(site: Site) -> str | None:
+def obstacle_here(site: Site) -> str | None:
     """Why kernels for the device of the layer cannot be made on this machine."""
     kind = site.device.partition(":")[0]
     if kind not in ("cpu", "cuda"):

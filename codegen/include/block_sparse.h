@@ -220,6 +220,23 @@ struct BlockRow {
 // How a tap can leave the image within one segment: by its first pixel, by its last, by any number of pixels.
 enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4 };
 
+// Weights stream through the caches, and hardware prefetchers stop at every page: asked for so many bytes ahead.
+constexpr int WEIGHTS_AHEAD = 8192;
+
+BLOCK_SPARSE_INLINE void prefetch_weights(const void* p) {
+  __builtin_prefetch(static_cast<const char*>(p) + WEIGHTS_AHEAD);
+}
+
+// Asks for the lines of an output tile, ROWS by COLUMNS, before its sums are computed: stores will find them.
+template <int ROWS, int COLUMNS, class T>
+BLOCK_SPARSE_INLINE void prefetch_output(const T* out, int64_t stride) {
+#pragma GCC unroll 64
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j += 64 / sizeof(T)) __builtin_prefetch(out + i * stride + j, 1);
+  }
+}
+
 // A register tile: SEGMENTS x SEGMENT pixels, STEP elements apart in the input, by VECTORS vectors of channels.
 //
 // The bias comes last, since a large one would round every product that is added to it, or, for the short sums
@@ -238,10 +255,9 @@ struct Tile {
   static_assert(BW % DEPTH == 0 && (SPLIT == 1 || (BH == CHANNELS && !BIAS_FIRST)));
   typedef Value Accumulators[PIXELS][VECTORS];
 
-  // Weights that this pass will soon need: the hardware's own prefetching stops at the end of every page.
-  BLOCK_SPARSE_INLINE void prefetch(const Element* w) {
-    constexpr int64_t AHEAD = 4096;  // bytes
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + AHEAD);
+  BLOCK_SPARSE_INLINE Value weights(const Element* p) {
+    if (PIXELS > 1) prefetch_weights(p);  // a lone pixel leaves enough time for loads to run ahead
+    return Vec::weights(p);
   }
 
   // acc += x * w for one kept tile. SKIP names the pixel of each segment that is outside the image.
@@ -251,9 +267,7 @@ struct Tile {
     for (int k = 0; k < BW; k += DEPTH) {
       Value wk[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * WEIGHTS);
-#pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) prefetch(w + k * BH + j * WEIGHTS);
+      for (int j = 0; j < VECTORS; ++j) wk[j] = weights(w + k * BH + j * WEIGHTS);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const int i = p % SEGMENT;
@@ -271,7 +285,7 @@ struct Tile {
     for (int k = 0; k < BW; k += DEPTH) {
       Value wk[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * WEIGHTS);
+      for (int j = 0; j < VECTORS; ++j) wk[j] = weights(w + k * BH + j * WEIGHTS);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const Value xp = Vec::inputs(x[p] + k);
