@@ -156,7 +156,7 @@ def measure_host(*, thorough: bool = False, seconds: float = SECONDS) -> DeviceS
     """Measures this machine and stores the result.
 
     Args:
-        thorough: compile and measure our kernels too (nine C++ compilations).
+        thorough: compile and measure our kernels too (nine C++ compilations for each dtype).
         seconds: time to spend on measuring dense layers; as much again on ours.
 
     Raises:

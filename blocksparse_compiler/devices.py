@@ -195,6 +195,15 @@ _EFFICIENCY = {
     "cpu_bf16/8x8/spatial": 0.72,
     "cpu_bf16/8x8/pointwise": 0.64,
     "cpu_bf16/8x8/linear": 0.62,
+    "dense_f16/spatial": 0.06,
+    "dense_f16/pointwise": 0.05,
+    "dense_f16/linear": 0.11,
+    "dense_f16/few_rows": 0.05,
+    **{
+        f"cpu_f16/{block}x{block}/{kind}": fraction
+        for block, fraction in ((32, 0.6), (16, 0.45), (8, 0.2))
+        for kind in ("spatial", "pointwise", "linear")
+    },
 }
 # The same, restricted to AVX2 (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2).
 _EFFICIENCY_AVX2 = {

@@ -201,7 +201,8 @@ def dense_cost(site: Site, device: DeviceSpec) -> Cost:
 def dense_instructions(dtype: str, class_: str, device: DeviceSpec) -> tuple[str, float]:
     """What torch's operator runs on: the prefix of its efficiencies, and the peak of one thread."""
     if dtype != "bfloat16":
-        return "dense", device.peak_fp32_flops_per_second_per_thread
+        prefix = "dense_f16" if dtype == "float16" else "dense"
+        return prefix, device.peak_fp32_flops_per_second_per_thread
     if device.has_amx and class_ != "depthwise":
         return "dense_amx", device.peak_amx_flops_per_second_per_thread
     return "dense_bf16", device.peak_bf16_flops_per_second_per_thread
@@ -214,7 +215,7 @@ def _dense_rate(site: Site, device: DeviceSpec) -> sympy.Expr:
     peak *= device.threads
 
     def fraction(name: str, default: float) -> float:
-        others = device.efficiency.get(f"dense/{name}", default) if prefix == "dense_bf16" else default
+        others = device.efficiency.get(f"dense/{name}", default) if prefix != "dense_amx" else default
         return device.efficiency.get(f"{prefix}/{name}", others)
 
     usual = sympy.Float(peak * fraction(class_, 0.5))
@@ -262,7 +263,7 @@ def sparse_cost(
 
 def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
     """(pixels, vector lanes) that the inner loop works on."""
-    tile = cpu_variants.device_tile(block, device, 2 if site.dtype == "bfloat16" else 1)
+    tile = cpu_variants.device_tile(site.dtype, block, device)
     return (
         (min(tile.pixels, cpu_variants.cache_friendly_pixels(site, device)), tile.lanes // tile.split)
         if tile
