@@ -132,9 +132,6 @@ def machine(data: dict[str, Any]) -> str:
 SECTIONS = {
     "layers": (layers, "layers"),
     "models": (models, "models"),
-    "layers_bf16": (layers, "layers_bfloat16"),
-    "models_bf16": (models, "models_bfloat16"),
-    "linear_bf16": (linear, "layers_bfloat16"),
     "linear": (linear, "layers"),
     "compile_time": (compile_time, "compile_time"),
     "training": (training, "training"),
