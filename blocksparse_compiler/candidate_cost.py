@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import cpu_spmm, gpu_roofline, roofline, spmm_roofline, tuned_table, variants
+from . import cpu_spmm, depthwise, gpu_roofline, roofline, spmm_roofline, tuned_table, variants
 from .devices import AnyDevice
 from .errors import OptionError
 from .gpu_devices import GpuSpec
@@ -50,6 +50,8 @@ def sparse_cost(
     if not isinstance(device, GpuSpec):
         if variant == cpu_spmm.SPMM.name:
             return spmm_roofline.sparse_rows_cost(site, pattern, device, density=density)
+        if variant == depthwise.DEPTHWISE.name:
+            return depthwise.depthwise_cost(site, device)
         return roofline.sparse_cost(site, pattern, device, variant, density=density)
     if config is not None:
         choices = [(variant, config)]
