@@ -157,7 +157,9 @@ def why_sparse(
     limit: str = "",
 ) -> str:
     """The sentence for a layer that goes sparse; `limit` says what bounds its time."""
-    kept = "dense on its own kernel" if pattern.groups == pattern.in_channels > 1 else f"{_kept(pattern)} kept"
+    kept = (
+        "dense on its own kernel" if pattern.groups == pattern.in_channels > 1 else f"{_kept(pattern)} kept"
+    )
     reason = (
         f"{kept}: {format_seconds(seconds)} against {format_seconds(dense_seconds)} dense "
         f"({dense_seconds / seconds:.1f}x{', measured' if measured else ''}){limit}"

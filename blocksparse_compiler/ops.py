@@ -1,9 +1,9 @@
 """The operators that a compiled graph contains: `blocksparse::conv`, `blocksparse::linear`, and, for what
 stands between sparse layers of mobile networks, `blocksparse::depthwise`.
 
-The first two take weights as the kernel that they name packs them (`KernelVariant.pack`): one group, kept tiles only.
-The implementations here are the plain torch reference (scatter to dense, dense kernel); Inductor replaces
-them by generated kernels.
+The first two take weights as the kernel that they name packs them (`KernelVariant.pack`): one group, kept
+tiles only. The implementations here are the plain torch reference (scatter to dense, dense kernel); Inductor
+replaces them by generated kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`blocksparse::depthwise` as a C++ kernel: the output is a matrix `[pixels, channels]`, as of other templates."""
+"""`blocksparse::depthwise` as a C++ kernel; its output is a matrix `[pixels, channels]`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def lower_depthwise(
     lanes = min(16, vectors_of_isa()[0])
     if channels < lanes or not all_static((*conv.input_size, *conv.input_strides[1:])):
         raise Unsupported(f"{channels} channels of images {conv.input_size}")
-    nodes = [ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in (x, *operands)]
+    nodes = [
+        ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in (x, *operands)
+    ]
     for node in nodes:
         node.freeze_layout()
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, *conv.output_size, channels])

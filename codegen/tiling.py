@@ -88,7 +88,7 @@ def row_tiling(images: Size, conv: ConvGeometry, max_pixels: int) -> Tiling:
 
 
 def even_segment(length: int, most: int) -> int:
-    """Pixels of a tile, at most `most`, that tile a row: all tiles whole where a large enough size does that."""
+    """Pixels of a tile, at most `most`, along a row: a divisor of its length, if one is large enough."""
     whole = [s for s in range(min(most, length), most // 2 - 1, -1) if s and length % s == 0]
     return whole[0] if whole else _even_share(length, most)
 

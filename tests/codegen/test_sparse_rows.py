@@ -20,6 +20,7 @@ import blocksparse_compiler as bsc
 from blocksparse_compiler import BlockPattern, cost, trace
 from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM, pixel_tile, pixel_tiles
+from blocksparse_compiler.depthwise import DEPTHWISE
 from blocksparse_compiler.packing import unpack_weight
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
@@ -209,7 +210,7 @@ def test_single_weights_are_candidates_only_where_they_may_pay():
 
 
 def test_mobile_network():
-    """Pointwise layers run on single weights; the depthwise layer stays dense."""
+    """Pointwise layers run on single weights, and the depthwise layer on its own kernel."""
 
     def point(inputs, outputs):
         layer = nn.Conv2d(inputs, outputs, 1, bias=False)
@@ -227,4 +228,4 @@ def test_mobile_network():
         fast = torch.compile(net, backend="blocksparse", fullgraph=True, options={"dense": "never"})
         torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     for decisions in (plan, compiled_graphs()[-1].plan):
-        assert [d.kernel for d in decisions] == [SPMM.name, "dense", SPMM.name]
+        assert [d.kernel for d in decisions] == [SPMM.name, DEPTHWISE.name, SPMM.name]
