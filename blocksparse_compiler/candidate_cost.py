@@ -6,7 +6,17 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import cpu_spmm, depthwise, gpu_roofline, roofline, spmm_roofline, tuned_table, variants
+from . import (
+    amx_roofline,
+    amx_variant,
+    cpu_spmm,
+    depthwise,
+    gpu_roofline,
+    roofline,
+    spmm_roofline,
+    tuned_table,
+    variants,
+)
 from .devices import AnyDevice
 from .errors import OptionError
 from .gpu_devices import GpuSpec
@@ -52,6 +62,8 @@ def sparse_cost(
             return spmm_roofline.sparse_rows_cost(site, pattern, device, density=density)
         if variant == depthwise.DEPTHWISE.name:
             return depthwise.depthwise_cost(site, device)
+        if variant == amx_variant.AMX.name:
+            return amx_roofline.amx_cost(site, pattern, device, variant, density=density)
         return roofline.sparse_cost(site, pattern, device, variant, density=density)
     if config is not None:
         choices = [(variant, config)]

@@ -58,7 +58,7 @@ class DepthwiseTemplate(BlockSparseTemplate):
     """
 
     source = "cpu_f32_depthwise.cpp.jinja"
-    headers = ("block_sparse_f32.h", "depthwise_f32.h")
+    headers = ("block_sparse.h", "depthwise_f32.h")
     operands = ("Weight",)
 
     def __init__(

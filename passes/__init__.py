@@ -16,6 +16,7 @@ from .fold_zero_blocks import fold_zero_blocks
 from .insert_block_scales import insert_block_scales
 from .lower_sites import lower_sites
 from .lower_training import lower_training
+from .permute_channels import permute_channels
 from .pipeline import PIPELINE, PassContext, run_pipeline
 from .prune_blocks import prune_blocks
 
@@ -32,6 +33,7 @@ __all__ = [
     "insert_block_scales",
     "lower_sites",
     "lower_training",
+    "permute_channels",
     "prune_blocks",
     "run_pipeline",
 ]

@@ -30,6 +30,7 @@ from ..variants import VARIANTS, block_shapes
 from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
+from .permute_channels import NOTE
 from .static_values import StaticValues
 
 MOST_SCATTERED = 0.5
@@ -83,10 +84,15 @@ def choose_kernels(
         elif weight is None or weight.is_meta or weight.layout != torch.strided:
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
-            patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape))
-            decisions.append(cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints))
+            patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape, site.dtype))
+            decision = cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints)
+            decisions.append(_with_note(decision, call.node.meta.get(NOTE)))
         names.setdefault(spec.name)
     return Plan(tuple(decisions), "+".join(names) or present_device("cpu").name)
+
+
+def _with_note(decision: Decision, note: str | None) -> Decision:
+    return replace(decision, reason=f"{decision.reason}; {note}") if note else decision
 
 
 def find_patterns(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -12,13 +15,14 @@ from blocksparse_compiler.variants import VARIANTS
 TRICKY = [
     # ResNet shapes: 3x3 with padding, rows of one, two and several tiles, strides, pointwise.
     Case((2, 32, 14, 14), 64, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
-    Case((1, 16, 8, 56), 32, (3, 3), padding=(1, 1, 1, 1), bias=False),
+    Case((1, 16, 8, 56), 32, (3, 3), padding=(1, 1, 1, 1), bias=False, parameters={"prefetch": "output"}),
     Case((2, 16, 9, 15), 16, (3, 3), stride=(2, 2), padding=(1, 1, 1, 1)),
-    Case((2, 32, 14, 14), 64, (1, 1), (32, 32), parameters={"chunk": 1}),
+    Case((2, 32, 14, 14), 64, (1, 1), (32, 32), parameters={"chunk": 1, "prefetch": "output"}),
     Case((2, 32, 9, 9), 32, (1, 1), stride=(2, 2)),
     # Narrow images: the same row of several images share a tile, then rows of the image left over.
     Case((2, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
-    Case((3, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
+    Case((3, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1), parameters={"prefetch": "output"}),
+    Case((1, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1), parameters={"pixels": 7}),
     Case((1, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1), stride=(2, 2)),
     Case((5, 16, 3, 2), 16, (3, 3), padding=(1, 1, 1, 1)),
     Case((2, 16, 1, 1), 16, (3, 3), padding=(1, 1, 1, 1)),
@@ -52,7 +56,8 @@ TRICKY = [
 ]
 
 
-def check(cases: list[Case]) -> None:
+def check(cases: list[Case]) -> str:
+    """Runs the layers, compares, and returns the generated text."""
     module = Layers(cases)
     xs = [case.input() for case in cases]
     outs, source = run(module, xs, dynamic=False)
@@ -60,17 +65,25 @@ def check(cases: list[Case]) -> None:
         assert_close_to_float64(layer, x, out)
     assert count_kernels(source)["block_sparse"] >= 1
     assert "blocksparse" not in source.replace("blocksparse_compiler", ""), "an operator was not lowered"
+    return source
 
 
-def test_tricky_shapes():
-    check(TRICKY)
+@pytest.mark.parametrize("variant", ["cpu_f32", "cpu_bf16"])
+def test_tricky_shapes(variant):
+    multiple = VARIANTS[variant].width_multiple
+    cases = [replace(case, variant=variant) for case in TRICKY if case.block[1] % multiple == 0]
+    source = check(cases)
+    wanted = sum(case.parameters.get("prefetch") == "output" for case in cases)
+    assert source.count("prefetch_output<SEGMENT, WIDTH>(Y") == wanted > 0
 
 
 @st.composite
 def cases(draw):
     size = st.integers(1, 20)
     small = st.integers(1, 3)
-    block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (4, 4), (16, 8), (32, 5)]))
+    variant = draw(st.sampled_from(["cpu_f32", "cpu_bf16"]))
+    odd = [(32, 5)] if variant == "cpu_f32" else [(32, 2), (16, 6)]
+    block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (4, 4), (16, 8), *odd]))
     channels = draw(st.integers(block[1], 70)), draw(st.integers(block[0], 70))
     common = {
         "out_channels": channels[1],
@@ -78,7 +91,12 @@ def cases(draw):
         "bias": draw(st.booleans()),
         "density": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
         "seed": draw(st.integers(0, 2**16)),
-        "parameters": {"chunk": draw(small), "row_threads": draw(small)},
+        "parameters": {
+            "chunk": draw(small),
+            "row_threads": draw(small),
+            "prefetch": draw(st.sampled_from(["none", "output"])),
+        },
+        "variant": variant,
     }
     if draw(st.integers(0, 3)) == 0:
         return Case((draw(size), draw(size), channels[0]), **common)
@@ -116,12 +134,14 @@ def test_one_compilation_serves_every_batch():
 def test_symbolic_image_and_row_sizes():
     pad = (1, 1, 1, 1)
     cases = [Case((2, 16, 7, 9), 16, (3, 3), padding=pad), Case((2, 16, 7, 9), 16, (1, 1)), Case((4, 16), 16)]
+    cases += [replace(case, variant="cpu_bf16") for case in cases]
     module = Layers(cases)
     with compiling():
         fast = torch.compile(module, fullgraph=True, dynamic=True)
         for i, (batch, height, width) in enumerate([(2, 7, 9), (3, 2, 3), (2, 18, 30)]):
             x = torch.randn(batch, 16, height, width).to(memory_format=torch.channels_last)
             xs = [x, x, torch.randn(batch * height, 16)]
+            xs += [x.bfloat16() for x in xs]
             with torch._dynamo.config.patch(error_on_recompile=i > 0):
                 outs = fast(xs)
             for layer, layer_input, out in zip(module.layers, xs, outs, strict=True):
@@ -132,5 +152,7 @@ def test_every_variant_of_the_table_is_tested():
     assert {name for name, variant in VARIANTS.items() if variant.device == "cpu"} == {
         "cpu_f32",
         "cpu_f32_depthwise",
+        "cpu_bf16",
+        "cpu_amx_bf16",
         "cpu_f32_spmm",
     }

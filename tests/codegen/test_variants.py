@@ -62,8 +62,29 @@ def test_register_tile(lanes, registers, block, expected):
     assert block[0] % tile.width == 0 and block[1] % tile.split == 0
 
 
+@pytest.mark.parametrize(
+    "lanes, registers, block, unpacked, expected",
+    [
+        (16, 32, (32, 32), False, (14, 2, 16, 1)),
+        (16, 32, (8, 8), False, (28, 1, 16, 2)),
+        # Each half of the pairs takes a register, of the weights and of the inputs.
+        (16, 32, (32, 32), True, (12, 2, 16, 1)),
+        (8, 16, (32, 32), True, (4, 2, 8, 1)),
+        (8, 16, (4, 4), True, (10, 1, 8, 2)),
+        # Two output channels in a vector would take four input channels.
+        (16, 32, (8, 2), False, (28, 1, 8, 1)),
+    ],
+)
+def test_register_tile_for_pairs(lanes, registers, block, unpacked, expected):
+    tile = register_tile(block, lanes, registers, 2, unpacked)
+    assert (tile.pixels, tile.vectors, tile.lanes, tile.split, tile.pack) == (*expected, 2)
+    parts = 2 if unpacked else 1
+    assert tile.pixels * tile.vectors + parts * (tile.vectors + 1) <= registers
+
+
 def test_no_register_tile_for_odd_blocks():
     assert register_tile((6, 8), 16, 32) is None
+    assert register_tile((16, 3), 16, 32, pack=2) is None
 
 
 @pytest.mark.parametrize(
@@ -103,6 +124,35 @@ def test_few_pixels_and_large_weights_split_block_rows():
     symbolic = linear_site(rows=("s0", 128))
     assert output_pixels(symbolic) is None
     assert CPU.configs(symbolic, full(symbolic), FIXED)[0]["row_threads"] == 1
+
+
+def best(site, block=(32, 32)):
+    return CPU.configs(site, full(site, block), FIXED)[0]
+
+
+def test_few_pixels_read_their_weights_once():
+    assert best(conv_site(512, 512, kernel=1, size=7, batch=1))["chunk"] == 4
+    assert best(conv_site(512, 512, kernel=1, size=7, batch=8))["chunk"] == 1
+    assert best(linear_site(rows=(16,)))["chunk"] == 2
+
+
+def test_rows_of_a_single_narrow_image_are_tiles_of_their_own():
+    assert best(conv_site(512, 512, size=7, batch=1))["pixels"] == 7
+    # Whole images share tiles; few taps of a high image are outside; one vector by seven pixels is slow.
+    assert "pixels" not in best(conv_site(512, 512, size=7, batch=2))
+    assert "pixels" not in best(conv_site(512, 512, kernel=1, size=7, batch=1))
+    assert "pixels" not in best(conv_site(64, 64, size=7, batch=1, input_shape=(1, 64, 56, 7)))
+    assert "pixels" not in best(conv_site(64, 64, size=7, batch=1), (16, 16))
+
+
+def test_outputs_that_leave_the_cache_are_asked_for_early():
+    large = conv_site(256, 64, kernel=1, size=56)
+    assert best(large)["prefetch"] == "output"
+    assert "prefetch" not in best(conv_site(256, 64, kernel=1, size=14))
+    # Lines 4 KiB apart would push each other out of L1.
+    assert "prefetch" not in best(conv_site(1024, 64, kernel=1, size=56))
+    others = CPU.configs(conv_site(), full(conv_site()), FIXED)[1:]
+    assert any(config.get("prefetch") == "output" for config in others)
 
 
 @given(st.integers(0, 3000), st.integers(1, 28))

@@ -15,6 +15,7 @@ FIXED = DeviceSpec(
     vector_bits=512,
     vector_registers=32,
     peak_fp32_flops_per_second_per_thread=250e9,
+    peak_bf16_flops_per_second_per_thread=500e9,
     l1_bytes_per_thread=48 * 1024,
     l2_bytes_per_thread=1024 * 1024,
     l3_bytes=32 * 1024 * 1024,
@@ -54,8 +55,9 @@ def conv_site(out_channels=256, in_channels=256, kernel=3, size=14, batch=8, **k
     return Site(**{**fields, **kwargs})
 
 
-def linear_site(out_channels=3072, in_channels=768, rows=(8, 128)) -> Site:
-    return Site("fc", "linear", "linear", out_channels, in_channels, input_shape=(*rows, in_channels))
+def linear_site(out_channels=3072, in_channels=768, rows=(8, 128), **kwargs) -> Site:
+    shape = (*rows, in_channels)
+    return Site("fc", "linear", "linear", out_channels, in_channels, input_shape=shape, **kwargs)
 
 
 def even_pattern(site: Site, density: float, block=(32, 32), seed: int = 0) -> BlockPattern:
@@ -70,6 +72,7 @@ class AnyLayer:
     """A row of the kernel table that supports everything but transposed convolutions."""
 
     device = "cpu"
+    dtypes = ("float32",)
 
     def unsupported(self, site: Site, pattern: BlockPattern) -> str | None:
         return "transposed convolutions have no block-sparse kernel yet" if site.transposed else None
