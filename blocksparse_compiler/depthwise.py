@@ -74,7 +74,7 @@ def depthwise_cost(site: Site, device: DeviceSpec) -> Cost:
     return Cost(
         flops,
         traffic,
-        flops * waste / (RATE * device.peak_fp32_flops_per_second),
+        flops * waste / (RATE * device.peak_flops_per_second()),
         memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
     )
