@@ -144,8 +144,9 @@ def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_den
         return "depthwise convolution has one input channel per group"
     if not patterns or (allow_dense and all(p.num_kept == p.kept.numel() for p in patterns)):
         shapes = {p.block_shape for p in patterns}
-        tried = "{}x{} tiles".format(*shapes.pop()) if len(shapes) == 1 else "any supported tile shape"
-        return f"no zero blocks found in {tried}"
+        if len(shapes) == 1:
+            return "no zero blocks found in {}x{} tiles".format(*shapes.pop())
+        return "no zero blocks found in any supported tile shape"
     return None
 
 

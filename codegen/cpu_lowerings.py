@@ -146,7 +146,11 @@ class _Weight:
         out_channels: int,
         kernel: str,
     ) -> None:
-        self.operands = [values, row_ptr, tile_index]
+        self.operands = [
+            ir.ExternKernel.require_contiguous(values),
+            row_ptr,
+            tile_index,
+        ]  # tiles may be computed
         if bias is not None:
             self.operands.append(without_offset(bias))
         self.out_channels = out_channels
