@@ -148,14 +148,14 @@ def test_few_pixels_fill_one_tile():
     few, many = (conv_site(64, 64, kernel=1, size=size, batch=1) for size in (7, 28))
     assert pixel_tile(1, few, FIXED, row_threads=2).pixels == 64
     assert pixel_tile(1, many, FIXED).pixels == 80
+    config = SPMM.configs(few, _full((64, 64, 1, 1)), FIXED)[0]
+    assert config == {"pixels": 64, "row_threads": 2}
 
 
 def test_single_weights_of_many_channels_keep_their_panel_in_l1():
     wide = conv_site(512, 512, kernel=1, size=14, batch=1)
     assert 4 * 512 * pixel_tile(1, wide, FIXED).pixels <= 1.5 * FIXED.l1_bytes_per_thread
     assert pixel_tile(4, wide, FIXED).pixels > pixel_tile(1, wide, FIXED).pixels
-    config = SPMM.configs(few, _full((64, 64, 1, 1)), FIXED)[0]
-    assert config == {"pixels": 64, "row_threads": 2}
 
 
 @pytest.mark.parametrize(
