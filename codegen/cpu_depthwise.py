@@ -97,7 +97,13 @@ class DepthwiseTemplate(BlockSparseTemplate):
         }
 
     def _store(
-        self, kernel: Any, matrix: Any, raw: Any, nodes: list[Any], reindexers: list[Callable[..., Any]]
+        self,
+        kernel: Any,
+        matrix: Any,
+        raw: Any,
+        nodes: list[Any],
+        reindexers: list[Callable[..., Any]],
+        row: str = "0",
     ) -> str:
         """C++ that runs the epilogue on `acc`: pixels from `m_start` on, channels from `c_start` on."""
         part = [("m_start", f"m_start + {self.segment}"), ("c_start", f"c_start + {self.lanes}")]

@@ -60,22 +60,27 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
     kernel = KernelConfig(decision.kernel, dict(decision.config)).encode(pattern)
     bias = call.bias if is_per_channel(call.bias, site) else None
     with gm.graph.inserting_before(call.node):
-        x, values = _converted(gm, call.input, dtype), set_constant(gm, "tiles", packed.values)
+        x, tiles = _converted(gm, call.input, dtype), set_constant(gm, "tiles", packed.values)
         added = None if bias is None else _converted(gm, bias, dtype)
         padding = [p for pair in site.padding for p in pair]
         geometry = (list(site.kernel_size), list(site.stride), padding, list(site.dilation))
         last = is_channels_last(call.node)
+        ops, arguments = torch.ops.blocksparse, (*geometry, last, kernel)
         if decision.kernel == DEPTHWISE.name:
-            target, args = "depthwise", (x, values, added, *geometry, last, kernel)
+            new = gm.graph.call_function(ops.depthwise.default, (x, tiles, added, *arguments))
         else:
-            tables = (
+            operands = (
+                x,
+                tiles,
                 set_constant(gm, "row_ptr", packed.row_ptr),
                 set_constant(gm, "tile_index", packed.tile_index),
+                added,
+                site.out_channels,
             )
-            operands = (x, values, *tables, added, site.out_channels)
-            target = "conv" if call.spatial_dims else "linear"
-            args = (*operands, *geometry, last, kernel) if call.spatial_dims else (*operands, kernel)
-        new = gm.graph.call_function(getattr(torch.ops.blocksparse, target).default, args)
+            if call.spatial_dims:
+                new = gm.graph.call_function(ops.conv.default, (*operands, *arguments))
+            else:
+                new = gm.graph.call_function(ops.linear.default, (*operands, kernel))
         op = new
         if bias is not call.bias:
             assert call.bias is not None
