@@ -33,7 +33,7 @@ LIBRARY.define(_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
 # ---- reference implementations --------------------------------------------------------------------
 
 
-def _layout(kernel: str) -> str:
+def layout_of(kernel: str) -> str:
     """How the kernel's weights are stored."""
     variant = VARIANTS.get(kernel.partition(";")[0])
     return variant.weight_layout if variant is not None else INPUT_MAJOR
@@ -54,7 +54,7 @@ def _conv_reference(
     kernel: str,
 ) -> Tensor:
     weight = unpack_weight(
-        values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size, _layout(kernel)
+        values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size, layout_of(kernel)
     )
     pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
     before = [lo for lo, _ in pairs]
@@ -104,7 +104,7 @@ def _linear_reference(
     out_channels: int,
     kernel: str,
 ) -> Tensor:
-    weight = unpack_weight(values, row_ptr, tile_index, out_channels, x.shape[-1], (), _layout(kernel))
+    weight = unpack_weight(values, row_ptr, tile_index, out_channels, x.shape[-1], (), layout_of(kernel))
     return torch.nn.functional.linear(x, weight, bias).contiguous()
 
 

@@ -131,7 +131,11 @@ class _Weight:
         out_channels: int,
         kernel: str,
     ) -> None:
-        self.operands = [values, row_ptr, tile_index]
+        self.operands = [
+            ir.ExternKernel.require_contiguous(values),
+            row_ptr,
+            tile_index,
+        ]  # tiles may be computed
         if bias is not None:
             bias = ir.ExternKernel.require_contiguous(bias)
             # The kernel gets the storage of a view.
