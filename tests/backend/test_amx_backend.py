@@ -12,6 +12,7 @@ from torch import nn
 import blocksparse_compiler as bsc
 from blocksparse_compiler.codegen.cpu_amx_template import emulated_amx
 from blocksparse_compiler.codegen.inductor_api import capture_sources
+from blocksparse_compiler.devices import detect_amx
 
 DEVICE = "sapphire-rapids"
 
@@ -53,6 +54,7 @@ def relative_error(got, model, x):
 
 @torch.no_grad()
 @pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.skipif(detect_amx(), reason="there is AMX on this machine")
 def test_a_network_planned_for_amx(emulated):
     full, x = network(), torch.randn(3, 32, 13, 15).to(memory_format=torch.channels_last)
     low, images = copy.deepcopy(full).bfloat16(), x.bfloat16()
