@@ -80,7 +80,7 @@ class FixedWeights:
             for n in inputs
         }
         try:
-            unused = tuple(n for anchor in self._anchors(node) for n in anchor.args[1])
+            unused = tuple(n for anchor in self._anchors(node) for n in anchor.all_input_nodes[1:])
             return FixedWeight(node, self._evaluate(node, probes), tuple(inputs), unused)
         except NotStatic:  # computed in other precision than it says
             return None

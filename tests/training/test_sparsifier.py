@@ -441,7 +441,7 @@ def test_numbers_that_are_none_are_option_errors(value):
 def test_the_error_is_about_the_largest_layer():
     model = _layers()
     bsc.BlockSparsifier(model, (16, 16), gamma=0.1)
-    with pytest.raises(LayerError, match="^1: .*block scales.* No other layer of the model"):
+    with pytest.raises(LayerError, match=r"^1: .*block scales.* No other layer of the model"):
         bsc.BlockSparsifier(model, (16, 16), gamma=0.1)
     with pytest.raises(LayerError, match=r"expected a torch\.nn\.Module, got str"):
         bsc.BlockSparsifier("model", (16, 16), gamma=0.1)
