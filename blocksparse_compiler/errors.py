@@ -41,7 +41,7 @@ class StaleWeightError(RuntimeError):
 
 
 def check_number(where: str, option: str, value: object, *, fix: str, share: bool = False) -> None:
-    """Raises `OptionError` unless `value` is a finite number >= 0; if it is a share, unless it is in (0, 1]."""
+    """Raises `OptionError` unless `value` is a finite number >= 0; if a share, unless it is in (0, 1]."""
     number = isinstance(value, int | float) and math.isfinite(value)
     if not number or not (0 < value <= 1 if share else value >= 0):  # type: ignore[operator]
         expected = f"{option} in (0, 1]" if share else f"a finite {option} >= 0"
