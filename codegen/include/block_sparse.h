@@ -195,6 +195,35 @@ struct Operands<at::BFloat16, LANES, SPLIT> : Channels<LANES, SPLIT> {
   }
 };
 
+// fp16: converted as it is loaded.
+template <int LANES>
+struct Operands<at::Half, LANES, 1> : Channels<LANES, 1> {
+  static constexpr int DEPTH = 1;
+  using Value = typename Channels<LANES, 1>::Value;
+  using Outputs = Lanes<LANES>;
+
+  BLOCK_SPARSE_INLINE Value weights(const at::Half* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (LANES == 16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    if constexpr (LANES == 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+    alignas(64) float floats[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) floats[i] = static_cast<float>(p[i]);
+    return Lanes<LANES>::load(floats);
+  }
+  BLOCK_SPARSE_INLINE Value inputs(const at::Half* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (LANES == 16) return _mm512_cvtph_ps(_mm256_set1_epi16(p->x));
+#endif
+    const float number = static_cast<float>(*p);
+    return Lanes<LANES>::broadcast(&number);
+  }
+  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const at::Half* p) { return weights(p); }
+};
+
 // What a convolution needs to know besides its strides along a row. Sizes in pixels, strides in elements.
 struct Geometry {
   int64_t height, width;  // input
