@@ -20,9 +20,14 @@ Low columns have a kernel of their own, with vectors along pixels."""
 
 
 def merged(block_shape: BlockShape, dtype: str) -> BlockShape:
-    """The tile of a kernel for zero blocks of this shape: in bf16, where input channels are multiplied in
-    pairs, two blocks of an odd width make one tile."""
+    """The tile of a kernel for zero blocks of this shape.
+
+    In bf16, where input channels are multiplied in pairs, two blocks of an odd width make one tile. In fp32,
+    low and wide blocks split into columns: vectors along pixels need no width.
+    """
     height, width = block_shape
+    if dtype == "float32" and height in (1, 2):
+        return height, 1
     return (height, 2 * width) if dtype == "bfloat16" and width % 2 else block_shape
 
 
