@@ -144,8 +144,8 @@ def test_symbolic_image_and_row_sizes():
             x = torch.randn(batch, 16, height, width).to(memory_format=torch.channels_last)
             xs = [x, x, torch.randn(batch * height, 16)]
             xs += [x.bfloat16() for x in xs]
-            for x in xs:
-                torch._dynamo.mark_dynamic(x, [d for d in range(x.dim()) if d != (1 if x.dim() == 4 else -1)])
+            for layer_input in xs:  # channels are dimension 1 of all of them
+                torch._dynamo.mark_dynamic(layer_input, [d for d in range(layer_input.dim()) if d != 1])
             with torch._dynamo.config.patch(error_on_recompile=i > 0):
                 outs = fast(xs)
             for layer, layer_input, out in zip(module.layers, xs, outs, strict=True):
