@@ -33,7 +33,7 @@ LIBRARY.define(_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
 # ---- reference implementations --------------------------------------------------------------------
 
 
-def _layout(kernel: str) -> str:
+def layout_of(kernel: str) -> str:
     """How the kernel's weights are stored."""
     variant = VARIANTS.get(kernel.partition(";")[0])
     return variant.weight_layout if variant is not None else INPUT_MAJOR
@@ -54,16 +54,30 @@ def _conv_reference(
     kernel: str,
 ) -> Tensor:
     weight = unpack_weight(
-        values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size, _layout(kernel)
+        values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size, layout_of(kernel)
     )
+    return dense_conv(x, weight, bias, stride, padding, dilation, channels_last)
+
+
+def dense_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    fill: float = 0,
+) -> Tensor:
+    """Torch's convolution; `padding` is `(before, after)` of each dimension in turn, and holds `fill`."""
     pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
     before = [lo for lo, _ in pairs]
-    if any(lo != hi or lo < 0 for lo, hi in pairs):
-        x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair])
+    if fill or any(lo != hi or lo < 0 for lo, hi in pairs):
+        x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair], value=fill)
         before = [0] * len(pairs)
-    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(kernel_size) - 1]
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(pairs) - 1]
     out = conv(x, weight, bias, list(stride), before, list(dilation))
-    return out.contiguous(memory_format=memory_format_of(len(kernel_size), channels_last))
+    return out.contiguous(memory_format=memory_format_of(len(pairs), channels_last))
 
 
 def _conv_fake(
@@ -80,13 +94,27 @@ def _conv_fake(
     channels_last: bool,
     kernel: str,
 ) -> Tensor:
+    return conv_output(x, x.dtype, out_channels, kernel_size, stride, padding, dilation, channels_last)
+
+
+def conv_output(
+    x: Tensor,
+    dtype: torch.dtype,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    """An empty tensor for the result of `dense_conv`."""
     spatial = [
         (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i, size in enumerate(x.shape[2:])
     ]
     memory_format = memory_format_of(len(kernel_size), channels_last)
     shape = (x.shape[0], out_channels, *spatial)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
 
 
 def memory_format_of(spatial_dims: int, channels_last: bool) -> torch.memory_format:
@@ -104,7 +132,7 @@ def _linear_reference(
     out_channels: int,
     kernel: str,
 ) -> Tensor:
-    weight = unpack_weight(values, row_ptr, tile_index, out_channels, x.shape[-1], (), _layout(kernel))
+    weight = unpack_weight(values, row_ptr, tile_index, out_channels, x.shape[-1], (), layout_of(kernel))
     return torch.nn.functional.linear(x, weight, bias).contiguous()
 
 
