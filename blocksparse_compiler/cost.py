@@ -50,9 +50,7 @@ def candidates(
     """Every kernel variant at every block shape that can run the layer, fastest first; and why others not."""
     found, refusals = [], []
     for pattern in weight_patterns:
-        for name, variant in variants.VARIANTS.items():
-            if variant.device != site.device.partition(":")[0]:
-                continue
+        for name, variant in variants.variants_for(site).items():
             refusal = variant.unsupported(site, pattern)
             candidate = None if refusal else _candidate(site, pattern, device, name, hints)
             if candidate:
@@ -140,7 +138,9 @@ def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_den
     if geometry(site) == "depthwise":
         return "depthwise convolution has one input channel per group"
     if not patterns or (allow_dense and all(p.num_kept == p.kept.numel() for p in patterns)):
-        return "no zero blocks found in any supported tile shape"
+        shapes = {p.block_shape for p in patterns}
+        tried = "{}x{} tiles".format(*shapes.pop()) if len(shapes) == 1 else "any supported tile shape"
+        return f"no zero blocks found in {tried}"
     return None
 
 

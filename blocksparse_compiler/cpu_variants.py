@@ -5,15 +5,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from . import cpu_spmm
 from .devices import DeviceSpec
 from .kernel_variant import KernelVariant, Parameters, output_pixels
+from .packing import INPUT_PAIRS
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 
 BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8), (32, 1), (16, 1), *cpu_spmm.BLOCK_SHAPES)
 """Tiles to look for in a weight: squares, and columns, which run about as fast: only height fills vectors.
 Low columns have a kernel of their own, with vectors along pixels."""
+
+
+def merged(block_shape: BlockShape, dtype: str) -> BlockShape:
+    """The tile of a kernel for zero blocks of this shape: in bf16, where input channels are multiplied in
+    pairs, two blocks of an odd width make one tile."""
+    height, width = block_shape
+    return (height, 2 * width) if dtype == "bfloat16" and width % 2 else block_shape
+
+
+def block_shapes(dtype: str) -> tuple[BlockShape, ...]:
+    """Tiles to look for in the weights of layers of this dtype."""
+    if dtype == "float32":
+        return BLOCK_SHAPES
+    return tuple(merged(shape, dtype) for shape in BLOCK_SHAPES if shape not in cpu_spmm.BLOCK_SHAPES)
 
 
 @dataclass(frozen=True)
@@ -23,14 +40,16 @@ class RegisterTile:
     Args:
         pixels, vectors: accumulators, each a vector.
         lanes: floats of a vector.
-        split: neighbouring input channels that a vector handles at once; blocks lower than a vector fill
-            it so, each output channel taking `split` lanes.
+        split: neighbouring lanes that each output channel takes, with inputs of their own; blocks lower
+            than a vector fill it so.
+        pack: neighbouring input channels that a lane of weights holds.
     """
 
     pixels: int
     vectors: int
     lanes: int
     split: int = 1
+    pack: int = 1
 
     @property
     def width(self) -> int:
@@ -38,17 +57,26 @@ class RegisterTile:
         return self.vectors * self.lanes // self.split
 
 
-def register_tile(block_shape: BlockShape, lanes: int, registers: int) -> RegisterTile | None:
+def register_tile(
+    block_shape: BlockShape, lanes: int, registers: int, pack: int = 1, unpacked: bool = False
+) -> RegisterTile | None:
     """The register tile for blocks `(bh, bw)` on vectors of `lanes` floats; None if there is none.
 
     One register holds each accumulator and each vector of weights, two are left for the inputs. Blocks
     that are no multiple of a vector take the widest narrower vector that divides them, if they cannot
     be split.
+
+    Args:
+        pack: input channels in a lane of weights; `bw` must be a multiple.
+        unpacked: no instruction multiplies packed lanes: each part takes a register of its own.
     """
     bh, bw = block_shape
+    if bw % pack:
+        return None
+    parts = pack if unpacked else 1
     split = lanes // bh
-    if lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % split == 0:
-        return RegisterTile(min(28, registers - 4), 1, lanes, split)
+    if lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % (split * pack) == 0:
+        return RegisterTile(min(28, registers - 2 - 2 * parts), 1, lanes, split, pack)
     while lanes >= 4 and bh % lanes:
         lanes //= 2
     if lanes < 4:
@@ -56,7 +84,19 @@ def register_tile(block_shape: BlockShape, lanes: int, registers: int) -> Regist
     blocks = bh // lanes
     limit = 2 if lanes >= 8 else 4
     vectors = max(v for v in range(1, limit + 1) if blocks % v == 0)
-    return RegisterTile(min(28, (registers - vectors - 2) // vectors), vectors, lanes)
+    pixels = (registers - vectors * parts - 1 - parts) // vectors
+    return RegisterTile(min(28, pixels), vectors, lanes, pack=pack)
+
+
+def device_tile(block_shape: BlockShape, device: DeviceSpec, pack: int) -> RegisterTile | None:
+    """The register tile on this device."""
+    machine = (device.vector_lanes, device.vector_registers)
+    return register_tile(block_shape, *machine, pack, unpacked=not device.multiplies_bf16)
+
+
+def item_bytes(site: Site) -> int:
+    """Of a weight or an activation."""
+    return int(getattr(torch, site.dtype).itemsize)
 
 
 @dataclass(frozen=True)
@@ -65,27 +105,32 @@ class CpuVariant(KernelVariant):
 
     Args:
         block_multiple: the block height must be a multiple of this.
+        width_multiple: input channels that are multiplied together; block widths must be a multiple.
     """
 
     block_multiple: int = 1
+    width_multiple: int = 1
 
     def _unsupported_blocks(self, pattern: BlockPattern) -> str | None:
-        height = pattern.block_shape[0]
+        height, width = pattern.block_shape
         if height % self.block_multiple:
             return f"block height {height} is no multiple of {self.block_multiple}"
+        if width % self.width_multiple:
+            pairs = f"{self.dtypes[0]} is multiplied in pairs of input channels"
+            return f"block width {width} is no multiple of {self.width_multiple}: {pairs}"
         return None
 
     def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
-        return cpu_configs(site, pattern, device)
+        return cpu_configs(site, pattern, device, self.width_multiple)
 
 
-def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
+def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec, pack: int = 1) -> list[Parameters]:
     """Candidate parameters of the CPU kernels, best guess first.
 
     `chunk`: pixel tiles that pass through all block rows together. `row_threads`: threads that share the
     block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
     """
-    tile = register_tile(pattern.block_shape, device.vector_lanes, device.vector_registers)
+    tile = device_tile(pattern.block_shape, device, pack)
     if tile is None:
         return []
     pointwise = math.prod(pattern.kernel_size) == 1
@@ -107,14 +152,14 @@ def cache_friendly_pixels(site: Site, device: DeviceSpec) -> int:
     """
     line_bytes, sets = 64, 64  # of every L1 whose index fits a 4 KiB page
     ways = max(4, device.l1_bytes_per_thread // (line_bytes * sets))
-    step_bytes = 4 * pixel_step(site)
+    step_bytes = item_bytes(site) * pixel_step(site)
     if step_bytes % line_bytes:
         return sets * ways
     return (sets // math.gcd(sets, step_bytes // line_bytes)) * (ways - 2)
 
 
 def pixel_step(site: Site) -> int:
-    """Floats between the input pixels of two neighbouring output pixels, channels last."""
+    """Elements between the input pixels of two neighbouring output pixels, channels last."""
     return site.in_channels * (site.stride[-1] if site.stride else 1)
 
 
@@ -129,8 +174,8 @@ def _row_threads(site: Site, pattern: BlockPattern, device: DeviceSpec, tile: Re
         return 1
     tiles = -(-pixels // tile.pixels)
     cost = pattern.kept.sum((1, 2)).double() + 0.5
-    weight_bytes = 4 * pattern.num_kept * math.prod(pattern.block_shape)
-    input_bytes = 4 * pixels * pixel_step(site)
+    weight_bytes = item_bytes(site) * pattern.num_kept * math.prod(pattern.block_shape)
+    input_bytes = item_bytes(site) * pixels * pixel_step(site)
 
     def crowding(size: float) -> float:
         return math.log2(1 + size / device.l2_bytes_per_thread)
@@ -155,5 +200,14 @@ CPU_VARIANTS = (
         dtypes=("float32",),
         ops=("linear", "conv1d", "conv2d"),
         block_multiple=4,
+    ),
+    CpuVariant(
+        name="cpu_bf16",
+        device="cpu",
+        dtypes=("bfloat16",),
+        ops=("linear", "conv1d", "conv2d"),
+        weight_layout=INPUT_PAIRS,
+        block_multiple=4,
+        width_multiple=2,
     ),
 )

@@ -35,7 +35,8 @@ class DeviceSpec(Figures):
         isa: `"avx512"`, `"avx2"` or `"portable"`, as torch's vector classes use it.
         threads: threads that share one kernel.
         vector_bits, vector_registers: of one core.
-        peak_fp32_flops_per_second_per_thread: multiply and add count as two.
+        peak_fp32_flops_per_second_per_thread, peak_bf16_flops_per_second_per_thread: of vector instructions;
+            multiply and add count as two. Without instructions for bf16, numbers are converted in between.
         l1_bytes_per_thread, l2_bytes_per_thread, l3_bytes: data caches; L3 is shared.
         l2_bytes_per_second_per_thread, l3_bytes_per_second, dram_bytes_per_second: streaming rates,
             reads and writes together; L3 and DRAM for all threads together.
@@ -54,6 +55,7 @@ class DeviceSpec(Figures):
     vector_bits: int
     vector_registers: int
     peak_fp32_flops_per_second_per_thread: float
+    peak_bf16_flops_per_second_per_thread: float
     l1_bytes_per_thread: int
     l2_bytes_per_thread: int
     l3_bytes: int
@@ -86,10 +88,18 @@ class DeviceSpec(Figures):
         """fp32 numbers in one vector register."""
         return self.vector_bits // 32
 
-    @property
-    def peak_fp32_flops_per_second(self) -> float:
+    def peak_flops_per_second(self, dtype: str = "float32") -> float:
         """All threads together."""
-        return self.threads * self.peak_fp32_flops_per_second_per_thread
+        low = dtype == "bfloat16"
+        peak = (
+            self.peak_bf16_flops_per_second_per_thread if low else self.peak_fp32_flops_per_second_per_thread
+        )
+        return self.threads * peak
+
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether there are instructions for products of bf16 numbers."""
+        return self.peak_bf16_flops_per_second_per_thread > self.peak_fp32_flops_per_second_per_thread
 
     @classmethod
     def host(cls) -> DeviceSpec:
@@ -189,6 +199,7 @@ _AVX512_2CORE = DeviceSpec(
     vector_bits=512,
     vector_registers=32,
     peak_fp32_flops_per_second_per_thread=268e9,
+    peak_bf16_flops_per_second_per_thread=570e9,
     l1_bytes_per_thread=48 * KIB,
     l2_bytes_per_thread=1 * MIB,
     l3_bytes=32 * MIB,
@@ -218,6 +229,7 @@ _AVX512_16CORE = (
         name="avx512-16core",
         threads=16,
         peak_fp32_flops_per_second_per_thread=166e9,
+        peak_bf16_flops_per_second_per_thread=332e9,
         l2_bytes_per_thread=2 * MIB,
         l3_bytes=30 * MIB,
         l2_bytes_per_second_per_thread=100e9,
@@ -240,6 +252,7 @@ _AVX2_4CORE = (
         vector_bits=256,
         vector_registers=16,
         peak_fp32_flops_per_second_per_thread=115e9,
+        peak_bf16_flops_per_second_per_thread=80e9,
         l1_bytes_per_thread=32 * KIB,
         l2_bytes_per_thread=256 * KIB,
         l3_bytes=8 * MIB,
@@ -260,6 +273,7 @@ _PORTABLE_2CORE = _AVX2_4CORE.with_figures(
     isa="portable",
     threads=2,
     peak_fp32_flops_per_second_per_thread=24e9,
+    peak_bf16_flops_per_second_per_thread=16e9,
     l3_bytes_per_second=40e9,
     dram_bytes_per_second=20e9,
     efficiency={
@@ -289,6 +303,13 @@ def device(which: str | torch.device | AnyDevice | os.PathLike[str] | None = Non
         from .calibrate import calibrated
 
         return calibrated(DeviceSpec.host())
+    if not isinstance(which, str | torch.device | os.PathLike):
+        raise OptionError(
+            "device",
+            "a name, a torch.device or a device spec",
+            f"a {type(which).__name__}",
+            "Pass a model's example inputs to trace(model, inputs), which comes before plan().",
+        )
     name = os.fspath(which) if isinstance(which, os.PathLike) else str(which)
     kind, _, index = name.partition(":")
     if kind == GpuSpec.type and (index.isdigit() or name == kind):

@@ -1,6 +1,7 @@
 """Weights as kernels read them: kept tiles, a table of where each belongs, and a schedule.
 
-CPU kernels read tiles `[bw, bh]`, so that a vector runs along output channels; GPU kernels read
+CPU kernels read tiles `[bw, bh]`, so that a vector runs along output channels; those for bf16 read pairs of
+input channels, `[bw / 2, bh, 2]`, as the instructions do that multiply bf16 (VNNI order). GPU kernels read
 `[bh, bw]`, so that both operands of a matrix instruction run along input channels.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from .errors import PatternError
 from .pattern import BlockPattern, gather_tiles
 
-INPUT_MAJOR, OUTPUT_MAJOR = "input_major", "output_major"
+INPUT_MAJOR, INPUT_PAIRS, OUTPUT_MAJOR = "input_major", "input_pairs", "output_major"
 
 STEP_CHANNELS = 64
 """Kernels may multiply several narrow tiles at a time, of this many channels together."""
@@ -26,8 +27,8 @@ class PackedWeight(NamedTuple):
     """A block-sparse weight as the kernels read it.
 
     Attributes:
-        values: `[n, bw, bh]` (input-major) or `[n, bh, bw]` (output-major), zero-filled where a tile is
-            ragged.
+        values: `[n, bw, bh]` (input-major), `[n, bw / 2, bh, 2]` (pairs) or `[n, bh, bw]` (output-major),
+            zero-filled where a tile is ragged.
         row_ptr: int32, 2-D: which tiles each program of the kernel multiplies. Its form belongs to the
             kernel family; see the functions that make it.
         tile_index: int32 `[3, n]`: first input channel, tap and out-block of each tile. No tile reads
@@ -58,6 +59,8 @@ def pack_weight(weight: Tensor, pattern: BlockPattern, layout: str = INPUT_MAJOR
     row_ptr[0, 1:] = torch.bincount(slot, minlength=row_ptr.shape[1] - 1).cumsum(0)
     if layout == INPUT_MAJOR:
         values = values.transpose(1, 2)
+    elif layout == INPUT_PAIRS:
+        values = values.unflatten(2, (-1, 2)).transpose(1, 2)
     device = weight.device
     return PackedWeight(values.contiguous(), row_ptr.to(device), tile_index.to(device))
 
@@ -146,6 +149,8 @@ def unpack_weight(
     """
     if layout == INPUT_MAJOR:
         values = values.transpose(1, 2)
+    elif layout == INPUT_PAIRS:
+        values = values.transpose(1, 2).flatten(2)
     n, bh, bw = values.shape
     taps, block_rows = math.prod(kernel_size), -(-out_channels // bh)
     if tuple(tile_index.shape) != (3, n):

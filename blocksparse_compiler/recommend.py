@@ -118,8 +118,8 @@ class _Layer:
     ) -> None:
         self.site, self.names, self.device = site, names, device
         self.dense = cost.dense_cost(site, device).evaluate()
-        tiles = [*variants.block_shapes(device.type)]
-        tiles += [tile for shape in shapes for tile in variants.block_shapes(device.type, shape)]
+        tiles = [*variants.block_shapes(device.type, None, site.dtype)]
+        tiles += [tile for shape in shapes for tile in variants.block_shapes(device.type, shape, site.dtype)]
         self.refusals: list[str] = []
         self.curves = {
             tile: curve for tile in dict.fromkeys(tiles) if (curve := self._curve(tile)) is not None
@@ -137,9 +137,7 @@ class _Layer:
         shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
         full = BlockPattern.full(shape, tile, site.groups)
         curves = []
-        for name, variant in variants.VARIANTS.items():
-            if variant.device != self.device.type:
-                continue
+        for name, variant in variants.variants_for(site).items():
             refusal = variant.unsupported(site, full)
             if refusal:
                 self.refusals.append(refusal)
@@ -163,8 +161,8 @@ class _Layer:
         if not self._fits(shape):
             return None
         looked_for = (
-            *variants.block_shapes(self.device.type),
-            *variants.block_shapes(self.device.type, shape),
+            *variants.block_shapes(self.device.type, None, self.site.dtype),
+            *variants.block_shapes(self.device.type, shape, self.site.dtype),
         )
         found = [
             np.interp(merged_density(densities, shape, tile), _GRID, self.curves[tile])

@@ -34,7 +34,6 @@ DEFAULT_HINT = 8
 FEW_ROWS = 16
 """Linear layers on fewer rows have a dense efficiency of their own."""
 
-_BYTES = 4
 _FUNCTIONS = {"floor", "ceiling", "Max", "Min", "Mod", "Piecewise"}
 
 Hints = Mapping[str, int]
@@ -164,7 +163,7 @@ def _macs(site: Site, elements: float) -> sympy.Expr:
 def activation_bytes(site: Site) -> sympy.Expr:
     """Input read once, output written once (and fetched first, as caches do)."""
     read = sympy.Mul(*(symbolic(size) for size in site.input_shape))
-    return _BYTES * (read + 2 * positions(site) * site.out_channels)
+    return cpu_variants.item_bytes(site) * (read + 2 * positions(site) * site.out_channels)
 
 
 def memory_seconds(traffic: sympy.Expr, device: DeviceSpec) -> sympy.Expr:
@@ -183,12 +182,12 @@ def memory_seconds(traffic: sympy.Expr, device: DeviceSpec) -> sympy.Expr:
 def dense_cost(site: Site, device: DeviceSpec) -> Cost:
     """The layer as a dense operator of torch."""
     flops = 2 * _macs(site, weight_elements(site))
-    traffic = activation_bytes(site) + _BYTES * weight_elements(site)
+    traffic = activation_bytes(site) + cpu_variants.item_bytes(site) * weight_elements(site)
     linear = not site.kernel_size
     return Cost(
         flops,
         traffic,
-        flops / (device.peak_fp32_flops_per_second * _dense_efficiency(site, device)),
+        flops / (device.peak_flops_per_second(site.dtype) * _dense_efficiency(site, device)),
         memory_seconds(traffic, device),
         sympy.Float(device.dense_linear_call_seconds if linear else device.dense_conv_call_seconds),
     )
@@ -223,8 +222,8 @@ def sparse_cost(
         block, kept, skew = pattern, density * weight_elements(site), 1.0
     pixels = positions(site)
     flops = 2 * _macs(site, kept)
-    traffic = activation_bytes(site) + _BYTES * sympy.sympify(kept)
-    rate = device.peak_fp32_flops_per_second * efficiency(site, block, device, variant)
+    traffic = activation_bytes(site) + cpu_variants.item_bytes(site) * sympy.sympify(kept)
+    rate = device.peak_flops_per_second(site.dtype) * efficiency(site, block, device, variant)
     tile_pixels, _ = _register_tile(site, block, device)
     # Either pixels or block rows are split over the threads, whichever divides better.
     chunks = sympy.ceiling(pixels / tile_pixels)
@@ -241,7 +240,7 @@ def sparse_cost(
 
 def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
     """(pixels, vector lanes) that the inner loop works on."""
-    tile = cpu_variants.register_tile(block, device.vector_lanes, device.vector_registers)
+    tile = cpu_variants.device_tile(block, device, 2 if site.dtype == "bfloat16" else 1)
     return (
         (min(tile.pixels, cpu_variants.cache_friendly_pixels(site, device)), tile.lanes // tile.split)
         if tile

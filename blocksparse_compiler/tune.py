@@ -257,7 +257,9 @@ def tune_plan(
         weight = values.get(call.weight)
         if weight is None:
             continue
-        patterns = find_patterns(call, site, weight, variants.block_shapes(site.device, block_shape))
+        patterns = find_patterns(
+            call, site, weight, variants.block_shapes(site.device, block_shape, site.dtype)
+        )
         spec = device or spec_of(site.device)
         try:
             decided[site.name] = measure(site, patterns, spec, allow_dense=allow_dense, hints=hints)

@@ -136,23 +136,29 @@ class _Weight:
             offset = bias.get_layout().offset
             self.operands.append(ir.ExternKernel.copy_input(bias) if offset != 0 else bias)
         self.out_channels = out_channels
-        _, bw, bh = values.get_size()
-        self.block_shape = (int(bh), int(bw))
+        _, steps, bh, *packed = values.get_size()
+        self.pack = int(packed[0]) if packed else 1
+        self.block_shape = (int(bh), int(steps) * self.pack)
         self.config = KernelConfig.decode(kernel)
 
     def check(self, x: Any, channel_dim: int) -> None:
         if self.config.variant not in VARIANTS:
             raise Unsupported(f"no kernel variant {self.config.variant!r}")
-        if x.get_device().type != "cpu" or any(
-            t.get_dtype() != torch.float32 for t in (x, self.operands[0], *self.operands[3:])
-        ):
-            raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
+        dtype = str(x.get_dtype()).removeprefix("torch.")
+        if dtype not in VARIANTS[self.config.variant].dtypes or x.get_device().type != "cpu":
+            raise Unsupported(f"{self.config.variant} is no kernel for {x.get_dtype()} on {x.get_device()}")
+        others = {t.get_dtype() for t in (self.operands[0], *self.operands[3:])} - {x.get_dtype()}
+        if others:
+            raise Unsupported(
+                f"weights and bias of {', '.join(map(str, others))} on inputs of {x.get_dtype()}"
+            )
+        self.is_fp32 = x.get_dtype() == torch.float32
         if not is_static(x.get_size()[channel_dim]):
             raise Unsupported("symbolic channels")
         self.in_channels = int(x.get_size()[channel_dim])
 
     def tile(self) -> RegisterTile:
-        tile = register_tile(self.block_shape, *_vectors())
+        tile = register_tile(self.block_shape, *_vectors(), self.pack, not _multiplies_bf16())
         if tile is None:
             raise Unsupported(f"block height {self.block_shape[0]}")
         return replace(tile, pixels=min(tile.pixels, int(self.config.parameters.get("pixels", tile.pixels))))
@@ -183,8 +189,9 @@ class _Weight:
             tiling=flat or row_tiling(images, conv, tile.pixels),
             block_shape=self.block_shape,
             parameters=dict(self.config.parameters),
-            flush=-(-LONGEST_SUM // self.block_shape[1]),
-            bias_first=tile.split == 1 and self.mean_products() <= SHORT_SUM,
+            # Rounding a low-precision output loses more than any order of its fp32 sum.
+            flush=-(-LONGEST_SUM // self.block_shape[1]) if self.is_fp32 else 0,
+            bias_first=tile.split == 1 and (not self.is_fp32 or self.mean_products() <= SHORT_SUM),
         )
         return template.generate().output_node()
 
@@ -220,3 +227,8 @@ def _vectors() -> tuple[int, int]:
     isa = pick_vec_isa()
     lanes = isa.nelements() if isa else 4
     return lanes, 32 if lanes == 16 else 16
+
+
+def _multiplies_bf16() -> bool:
+    """Whether those instructions multiply pairs of bf16 numbers (AVX512-BF16)."""
+    return _vectors()[0] == 16 and torch.cpu._is_avx512_bf16_supported()

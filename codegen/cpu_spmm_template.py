@@ -23,7 +23,7 @@ class SparseRowsTemplate(BlockSparseTemplate):
     """
 
     source = "cpu_f32_spmm.cpp.jinja"
-    headers = ("block_sparse_f32.h", "sparse_rows_f32.h")
+    headers = ("block_sparse.h", "sparse_rows_f32.h")
 
     def __init__(
         self,

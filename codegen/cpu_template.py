@@ -16,18 +16,19 @@ import sympy
 import torch
 
 from ..cpu_variants import RegisterTile
-from .epilogue import FusedEpilogue, as_matrix, reindexer, unroll
-from .inductor_api import KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
+from .epilogue import FusedEpilogue, as_matrix, reindexer, round_natively, unroll
+from .inductor_api import DTYPE_TO_CPP, KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size, Tiling, all_static
 
 _HERE = Path(__file__).parent
 
 
 class BlockSparseTemplate(CppTemplate):
-    """One block-sparse layer on fp32.
+    """One block-sparse layer: fp32, or bf16 summed up in fp32.
 
     Args:
-        input_nodes: input, values, row_ptr, tile_index and, optionally, bias.
+        input_nodes: input, values, row_ptr, tile_index and, optionally, bias; values are `[n, bw, bh]`, or
+            `[n, bw / 2, bh, 2]` for dtypes that are multiplied in pairs.
         layout: output, `[n, oh, ow, out_channels]` or `[rows, out_channels]`, contiguous.
         images: number of images that `conv` speaks of.
         conv: geometry; a linear layer is a 1x1 convolution of one image, one pixel high.
@@ -38,8 +39,8 @@ class BlockSparseTemplate(CppTemplate):
         bias_first: sums start from the bias; it is added to them otherwise.
     """
 
-    source = "cpu_f32.cpp.jinja"
-    headers: tuple[str, ...] = ("block_sparse_f32.h",)
+    source = "cpu_block_sparse.cpp.jinja"
+    headers: tuple[str, ...] = ("block_sparse.h",)
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class BlockSparseTemplate(CppTemplate):
             "outputs": fused.outputs,
             "aliases": fused.aliases,
             "cexpr": cexpr,
+            "element": DTYPE_TO_CPP[x.get_dtype()],
             "dtype": torch.float32,
             "flush": self.flush,
             "bias_first": "true" if self.bias_first else "false",
@@ -123,6 +125,7 @@ class BlockSparseTemplate(CppTemplate):
             "bw": bw,
             "lanes": tile.lanes,
             "split": tile.split,
+            "pack": tile.pack,
             "vectors": tile.vectors,
             "width": tile.width,
             "chunk": max(1, int(self.parameters.get("chunk", 4))),
@@ -177,4 +180,5 @@ class BlockSparseTemplate(CppTemplate):
             source = kernel.slice_nd(source, part)
         target = kernel.slice_nd(matrix, [(f"m_start + {begin}", f"m_start + {end}"), ("c_start", c_end)])
         offsets = (f"m_start + {begin}", "c_start")
-        return unroll(kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers))
+        code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
+        return unroll(round_natively(code))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 
-from .inductor_api import FloorDiv, ModularIndexing, ir
+from .inductor_api import FloorDiv, ModularIndexing, ir, ops
 
 _COSTLY = ("erf", "exp", "tanh", "log", "sigmoid", "pow", "sin", "cos", "sqrt", " / ")
 """Where an epilogue computes one of these, unrolling it over the tile costs code and gains nothing."""
@@ -22,6 +23,14 @@ _LITERAL_FOR = re.compile(
     r"\1\+=static_cast<int64_t>\((\d+)L\)\)"
 )
 _MOST_COPIES = 64
+
+
+_TO_BF16 = re.compile(r"\bat::vec::convert<at::BFloat16(?:,1,float,2)?>\(")
+
+
+def round_natively(code: str) -> str:
+    """Rounds to bf16 by the CPU's own instruction where torch emulates it (`to_bf16` in block_sparse.h)."""
+    return _TO_BF16.sub("block_sparse::to_bf16(", code)
 
 
 def unroll(code: str) -> str:
@@ -42,16 +51,23 @@ def unroll(code: str) -> str:
 def raw_output(out: Any) -> tuple[Any, Any]:
     """The raw tile under a name of its own, and the node that copies it to the template's buffer.
 
-    The raw tile is never materialised: the kernel's local buffer stands for it.
+    The raw tile is never materialised: the kernel's local buffer of fp32 sums stands for it.
     """
-    raw = ir.Buffer(name=f"{out.get_name()}_raw", layout=out.get_layout())
+    size, stride = out.get_size(), out.get_layout().stride
+    layout = ir.FixedLayout(out.get_device(), torch.float32, size, stride)
+    raw = ir.Buffer(name=f"{out.get_name()}_raw", layout=layout)
     data = ir.Pointwise(
         device=out.get_device(),
         dtype=out.get_dtype(),
-        inner_fn=raw.make_loader(),
+        inner_fn=_rounded(raw.make_loader(), out.get_dtype()),
         ranges=out.get_size(),
     )
     return raw, ir.ComputedBuffer(name=out.get_name(), layout=out.get_layout(), data=data)
+
+
+def _rounded(loader: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """The loader of an fp32 buffer, with what it loads as `dtype`."""
+    return loader if dtype == torch.float32 else lambda index: ops.to_dtype(loader(index), dtype)
 
 
 @dataclass(frozen=True)

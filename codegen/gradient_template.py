@@ -19,7 +19,7 @@ from .inductor_api import KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size
 
 _HERE = Path(__file__).parent
-_HEADERS = tuple(_HERE / "include" / name for name in ("block_sparse_f32.h", "tile_gradient_f32.h"))
+_HEADERS = tuple(_HERE / "include" / name for name in ("block_sparse.h", "tile_gradient_f32.h"))
 _SOURCE = _HERE / "templates" / "cpu_f32_gradient.cpp.jinja"
 
 

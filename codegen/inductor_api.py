@@ -138,7 +138,7 @@ from torch._inductor import ir  # noqa: E402
 from torch._inductor.codegen.cpp import parallel_num_threads  # noqa: E402
 from torch._inductor.codegen.cpp_template import CppTemplate  # noqa: E402
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel  # noqa: E402
-from torch._inductor.codegen.cpp_utils import cexpr_index  # noqa: E402
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP, cexpr_index  # noqa: E402
 from torch._inductor.cpu_vec_isa import pick_vec_isa  # noqa: E402
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering  # noqa: E402
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate  # noqa: E402
@@ -151,6 +151,7 @@ KERNEL_DESCRIPTION = str(Placeholder.DESCRIPTIVE_NAME)
 """Stands for a kernel's descriptive name in the text of a template."""
 
 __all__ = [
+    "DTYPE_TO_CPP",
     "KERNEL_DESCRIPTION",
     "CppTemplate",
     "CppTemplateKernel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -142,15 +143,30 @@ def test_batch_statistics_update_in_training_mode_without_gradients():
     assert int(model.norm.num_batches_tracked) == 3
 
 
+def relative_error(got, model, x):
+    exact = copy.deepcopy(model).double()(x.double())
+    return float((got - exact).norm() / exact.norm())
+
+
 @torch.no_grad()
-def test_autocast_stays_dense_and_keeps_its_dtype():
-    model, x = network(), image()
-    fast = compiled(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        got, expected = fast(x), model(x)
-    assert got.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(got, expected, rtol=5e-2, atol=5e-2)
-    assert all(d.is_dense for d in compiled_graphs()[-1].plan)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_by_conversion_and_by_autocast(autocast):
+    """Autocast casts weights inside the graph: they are constants there, and become tiles like others."""
+    full, x = network(), image()
+    model, x_low = (full, x) if autocast else (copy.deepcopy(full).bfloat16(), x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, dense = compiled(model)(x_low), model(x_low)
+    assert (got.dtype, got.shape, got.stride()) == (dense.dtype, dense.shape, dense.stride())
+    assert kernels() == ["cpu_bf16", "cpu_bf16"]
+    assert relative_error(got, full, x) <= 1.5 * relative_error(dense, full, x)
+
+
+@torch.no_grad()
+def test_mixed_dtypes_raise_what_eager_raises():
+    model, x = network().bfloat16(), image()
+    for call in (model, compiled(model)):
+        with pytest.raises(Exception, match=r"Input type .* should be the same"):
+            call(x)
 
 
 @torch.no_grad()
@@ -223,7 +239,7 @@ def test_inputs_of_any_layout_and_empty_batches():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_unsupported_dtypes_stay_dense_and_say_so(dtype):
     model, x = network().to(dtype), image().to(dtype)
     fast = compiled(model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -62,15 +65,19 @@ def check(cases: list[Case]) -> None:
     assert "blocksparse" not in source.replace("blocksparse_compiler", ""), "an operator was not lowered"
 
 
-def test_tricky_shapes():
-    check(TRICKY)
+@pytest.mark.parametrize("variant", ["cpu_f32", "cpu_bf16"])
+def test_tricky_shapes(variant):
+    multiple = VARIANTS[variant].width_multiple
+    check([replace(case, variant=variant) for case in TRICKY if case.block[1] % multiple == 0])
 
 
 @st.composite
 def cases(draw):
     size = st.integers(1, 20)
     small = st.integers(1, 3)
-    block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (4, 4), (16, 8), (32, 5)]))
+    variant = draw(st.sampled_from(["cpu_f32", "cpu_bf16"]))
+    odd = [(32, 5)] if variant == "cpu_f32" else [(32, 2), (16, 6)]
+    block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (4, 4), (16, 8), *odd]))
     channels = draw(st.integers(block[1], 70)), draw(st.integers(block[0], 70))
     common = {
         "out_channels": channels[1],
@@ -79,6 +86,7 @@ def cases(draw):
         "density": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
         "seed": draw(st.integers(0, 2**16)),
         "parameters": {"chunk": draw(small), "row_threads": draw(small)},
+        "variant": variant,
     }
     if draw(st.integers(0, 3)) == 0:
         return Case((draw(size), draw(size), channels[0]), **common)
@@ -116,12 +124,14 @@ def test_one_compilation_serves_every_batch():
 def test_symbolic_image_and_row_sizes():
     pad = (1, 1, 1, 1)
     cases = [Case((2, 16, 7, 9), 16, (3, 3), padding=pad), Case((2, 16, 7, 9), 16, (1, 1)), Case((4, 16), 16)]
+    cases += [replace(case, variant="cpu_bf16") for case in cases]
     module = Layers(cases)
     with compiling():
         fast = torch.compile(module, fullgraph=True, dynamic=True)
         for i, (batch, height, width) in enumerate([(2, 7, 9), (3, 2, 3), (2, 18, 30)]):
             x = torch.randn(batch, 16, height, width).to(memory_format=torch.channels_last)
             xs = [x, x, torch.randn(batch * height, 16)]
+            xs += [x.bfloat16() for x in xs]
             with torch._dynamo.config.patch(error_on_recompile=i > 0):
                 outs = fast(xs)
             for layer, layer_input, out in zip(module.layers, xs, outs, strict=True):
@@ -131,5 +141,6 @@ def test_symbolic_image_and_row_sizes():
 def test_every_variant_of_the_table_is_tested():
     assert {name for name, variant in VARIANTS.items() if variant.device == "cpu"} == {
         "cpu_f32",
+        "cpu_bf16",
         "cpu_f32_spmm",
     }

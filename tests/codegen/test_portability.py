@@ -19,6 +19,7 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 OTHER_ISA = """
 import sys
+from dataclasses import replace
 from kernel_cases import Case, Layers, assert_close_to_float64, run
 pad = (1, 1, 1, 1)
 cases = [
@@ -28,6 +29,7 @@ cases = [
     Case((5, 32), 48, (), (16, 16)),
     Case((5, 32), 40, (), (4, 4)),
 ]
+cases += [replace(case, variant="cpu_bf16") for case in cases]
 module = Layers(cases)
 xs = [case.input() for case in cases]
 outs, source = run(module, xs, dynamic=False)
@@ -38,13 +40,17 @@ for text in sys.argv[1:]:
 """
 
 
+ELEMENTS = ("float", "at::BFloat16")
+
+
 @pytest.mark.parametrize(
     "capability, tiles",
-    [("avx2", ["Tile<8, 1, 2, ", "Tile<8, 2, 1, "]), ("default", ["Tile<4, 1, 4, ", "Tile<4, 1, 2, "])],
+    [("avx2", ["8, 1, 2, ", "8, 2, 1, "]), ("default", ["4, 1, 4, ", "4, 1, 2, "])],
 )
 def test_other_vector_widths(capability, tiles):
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(HELPERS)}
-    command = [sys.executable, "-c", OTHER_ISA, *tiles]
+    texts = [f"Element = {element};\n    using RegisterTile = Tile<Element, " for element in ELEMENTS]
+    command = [sys.executable, "-c", OTHER_ISA, *(text + tile for text in texts for tile in tiles)]
     subprocess.run(command, env=environment, check=True, timeout=300)
 
 

@@ -62,8 +62,29 @@ def test_register_tile(lanes, registers, block, expected):
     assert block[0] % tile.width == 0 and block[1] % tile.split == 0
 
 
+@pytest.mark.parametrize(
+    "lanes, registers, block, unpacked, expected",
+    [
+        (16, 32, (32, 32), False, (14, 2, 16, 1)),
+        (16, 32, (8, 8), False, (28, 1, 16, 2)),
+        # Each half of the pairs takes a register, of the weights and of the inputs.
+        (16, 32, (32, 32), True, (12, 2, 16, 1)),
+        (8, 16, (32, 32), True, (4, 2, 8, 1)),
+        (8, 16, (4, 4), True, (10, 1, 8, 2)),
+        # Two output channels in a vector would take four input channels.
+        (16, 32, (8, 2), False, (28, 1, 8, 1)),
+    ],
+)
+def test_register_tile_for_pairs(lanes, registers, block, unpacked, expected):
+    tile = register_tile(block, lanes, registers, 2, unpacked)
+    assert (tile.pixels, tile.vectors, tile.lanes, tile.split, tile.pack) == (*expected, 2)
+    parts = 2 if unpacked else 1
+    assert tile.pixels * tile.vectors + parts * (tile.vectors + 1) <= registers
+
+
 def test_no_register_tile_for_odd_blocks():
     assert register_tile((6, 8), 16, 32) is None
+    assert register_tile((16, 3), 16, 32, pack=2) is None
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_dense_figures_recover_a_machine():
         },
     )
     found = default.with_figures("measured", **calibrate.dense_figures(default, times_of(truth)))
-    assert found.peak_fp32_flops_per_second == pytest.approx(truth.peak_fp32_flops_per_second)
+    assert found.peak_flops_per_second() == pytest.approx(truth.peak_flops_per_second())
     assert found.dense_conv_call_seconds == pytest.approx(truth.dense_conv_call_seconds)
     for name in calibrate.DENSE_LAYERS:
         assert found.efficiency[name] == pytest.approx(truth.efficiency[name]), name

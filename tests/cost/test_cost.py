@@ -256,6 +256,7 @@ def test_hints_decide(table, spec):
 GOLDEN = [
     ("depthwise", "stays dense: depthwise convolution has one input channel per group"),
     ("no zeros", "stays dense: no zero blocks found in any supported tile shape"),
+    ("no zeros in one shape", "stays dense: no zero blocks found in 32x32 tiles"),
     ("no kernel", "stays dense: transposed convolutions have no block-sparse kernel yet"),
     ("unknown shape", "stays dense: its input shape is unknown"),
     ("tiny", "stays dense: too little work at this size for any sparse kernel to pay"),
@@ -273,6 +274,8 @@ def _golden_case(name, spec):
         return cost.choose(site, [even_pattern(site, 0.5, (1, 1))], spec)
     if name == "no zeros":
         return cost.choose(site, [], spec)
+    if name == "no zeros in one shape":
+        kept = 1.0
     if name == "no kernel":
         site = conv_site(op="conv_transpose2d", output_padding=(0, 0))
     if name == "unknown shape":

@@ -19,6 +19,7 @@ RANGES = {
     "vector_bits": (128, 2048),
     "vector_registers": (8, 64),
     "peak_fp32_flops_per_second_per_thread": (1e9, 1e12),
+    "peak_bf16_flops_per_second_per_thread": (1e9, 1e13),
     "l1_bytes_per_thread": (8 * 2**10, 512 * 2**10),
     "l2_bytes_per_thread": (64 * 2**10, 32 * 2**20),
     "l3_bytes": (1 * 2**20, 2 * 2**30),
@@ -96,6 +97,12 @@ def test_unknown_device_lists_the_known_ones(which):
     with pytest.raises(OptionError) as caught:
         device(which)
     assert all(name in str(caught.value) for name in (*SPECS, *GPU_SPECS))
+
+
+def test_inputs_in_place_of_a_device_are_told_so_without_printing_them():
+    with pytest.raises(OptionError, match="got a tuple") as caught:
+        device((torch.randn(8, 8),))  # type: ignore[arg-type]
+    assert "tensor" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["not json", "{}", "[]", '{"name": "x"}'])

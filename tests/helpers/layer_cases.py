@@ -15,6 +15,7 @@ FIXED = DeviceSpec(
     vector_bits=512,
     vector_registers=32,
     peak_fp32_flops_per_second_per_thread=250e9,
+    peak_bf16_flops_per_second_per_thread=500e9,
     l1_bytes_per_thread=48 * 1024,
     l2_bytes_per_thread=1024 * 1024,
     l3_bytes=32 * 1024 * 1024,
@@ -70,6 +71,7 @@ class AnyLayer:
     """A row of the kernel table that supports everything but transposed convolutions."""
 
     device = "cpu"
+    dtypes = ("float32",)
 
     def unsupported(self, site: Site, pattern: BlockPattern) -> str | None:
         return "transposed convolutions have no block-sparse kernel yet" if site.transposed else None

@@ -1,4 +1,4 @@
-// Block-sparse implicit GEMM, fp32, channels last: the register tile and the tables around it.
+// Block-sparse implicit GEMM, channels last, sums in fp32: the register tile and the tables around it.
 //
 //   out[p][o] = bias[o] + sum over kept tiles (tap, channels c) of x[p + tap][c] * w[c][o]
 //
@@ -6,8 +6,8 @@
 // accumulators stay in registers up to the fused epilogue.
 //
 // The text is pasted into every generated source, so that compilation caches and packages hold all of it.
-#ifndef BLOCK_SPARSE_F32
-#define BLOCK_SPARSE_F32
+#ifndef BLOCK_SPARSE_H
+#define BLOCK_SPARSE_H
 #define BLOCK_SPARSE_INLINE __attribute__((always_inline)) static inline
 
 namespace block_sparse {
@@ -19,7 +19,12 @@ struct Lanes {
   typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
   BLOCK_SPARSE_INLINE Value load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
   BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { *reinterpret_cast<Unaligned*>(p) = a; }
-  BLOCK_SPARSE_INLINE Value broadcast(const float* p) { return Value{} + *p; }
+  BLOCK_SPARSE_INLINE Value broadcast(const float* p) {
+    typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+    uint32_t word;  // moved as bits: pairs of bf16 may look like subnormal floats, which arithmetic may flush
+    std::memcpy(&word, p, sizeof(word));
+    return reinterpret_cast<Value>(Words{} + word);
+  }
   BLOCK_SPARSE_INLINE Value multiply_add(const Value& a, const Value& b, const Value& c) { return a * b + c; }
 };
 
@@ -47,6 +52,24 @@ struct Lanes<8> {
     return _mm256_fmadd_ps(a, b, c);
   }
 };
+#endif
+
+#if defined(INDUCTOR_USE_VECTOR_TYPES) && INDUCTOR_USE_VECTOR_TYPES()
+// Rounds sums for the fused epilogue: one vector, whose result fills half of one, or two.
+BLOCK_SPARSE_INLINE auto to_bf16(const at::vec::Vectorized<float>& a) {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+  return at::vec::Vectorized<at::BFloat16>(_mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(a)));
+#else
+  return at::vec::convert<at::BFloat16>(a);
+#endif
+}
+BLOCK_SPARSE_INLINE auto to_bf16(const at::vec::VectorizedN<float, 2>& a) {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+  return at::vec::VectorizedN<at::BFloat16, 1>((__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]));
+#else
+  return at::vec::convert<at::BFloat16, 1, float, 2>(a);
+#endif
+}
 #endif
 
 // How a vector holds LANES / SPLIT output channels: each in SPLIT neighbouring lanes, one for each of SPLIT
@@ -117,7 +140,62 @@ struct Channels<8, 2> : Lanes<8> {
 };
 #endif
 
-// What a convolution needs to know besides its strides along a row. Sizes in pixels, strides in floats.
+// The same on weights and inputs in memory as Elements: a product consumes DEPTH neighbouring input channels.
+template <class Element, int LANES, int SPLIT>
+struct Operands;
+
+template <int LANES, int SPLIT>
+struct Operands<float, LANES, SPLIT> : Channels<LANES, SPLIT> {
+  static constexpr int DEPTH = SPLIT;
+  using Outputs = typename Channels<LANES, SPLIT>::Outputs;
+  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const float* p) { return Outputs::load(p); }
+};
+
+// bf16: a lane of 32 bits holds a pair of input channels, the second one in its upper half. Weights are packed
+// [channels / 2][outputs][2], so that loads and shuffles are those of fp32.
+template <int LANES, int SPLIT>
+struct Operands<at::BFloat16, LANES, SPLIT> : Channels<LANES, SPLIT> {
+  static constexpr int DEPTH = 2 * SPLIT;
+  using Pairs = Channels<LANES, SPLIT>;
+  using Value = typename Pairs::Value;
+  using Outputs = typename Pairs::Outputs;
+
+  BLOCK_SPARSE_INLINE Value weights(const at::BFloat16* p) { return Pairs::weights(reinterpret_cast<const float*>(p)); }
+  BLOCK_SPARSE_INLINE Value inputs(const at::BFloat16* p) {
+    float pairs[SPLIT];
+    std::memcpy(pairs, p, sizeof(pairs));
+    return Pairs::inputs(pairs);
+  }
+  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const at::BFloat16* p) {
+    alignas(64) float floats[LANES / SPLIT];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / SPLIT; ++i) floats[i] = static_cast<float>(p[i]);
+    return Outputs::load(floats);
+  }
+
+  typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+  BLOCK_SPARSE_INLINE Words words(const Value& a) {
+    Words bits;
+    std::memcpy(&bits, &a, sizeof(bits));
+    return bits;
+  }
+  BLOCK_SPARSE_INLINE Value floats(const Words& bits) {
+    Value a;
+    std::memcpy(static_cast<void*>(&a), &bits, sizeof(bits));
+    return a;
+  }
+  BLOCK_SPARSE_INLINE Value multiply_add(const Value& a, const Value& b, const Value& c) {
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+    if constexpr (LANES == 16) return _mm512_dpbf16_ps(c, __m512bh(__m512(b)), __m512bh(__m512(a)));
+    if constexpr (LANES == 8) return _mm256_dpbf16_ps(c, __m256bh(__m256(b)), __m256bh(__m256(a)));
+#endif
+    const Words x = words(a), w = words(b);
+    const Value first = Pairs::multiply_add(floats(x << 16), floats(w << 16), c);
+    return Pairs::multiply_add(floats(x & 0xffff0000u), floats(w & 0xffff0000u), first);
+  }
+};
+
+// What a convolution needs to know besides its strides along a row. Sizes in pixels, strides in elements.
 struct Geometry {
   int64_t height, width;  // input
   int64_t row_stride, pixel_stride;
@@ -125,44 +203,49 @@ struct Geometry {
 };
 
 // A run of pixels of one output row. All segments of a tile start at the same column.
+template <class Element>
 struct Segment {
-  const float* image;
+  const Element* image;
   int64_t row;
 };
 
 // The kept tiles of one block row: `values[b]` is [BW][BH], `row_ptr` has one entry per tap.
+template <class Element>
 struct BlockRow {
-  const float* values;
+  const Element* values;
   const int32_t *row_ptr, *channel_offset;
-  const float* bias;  // BH floats, or null
+  const Element* bias;  // BH of them, or null
 };
 
 // How a tap can leave the image within one segment: by its first pixel, by its last, by any number of pixels.
 enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4 };
 
-// A register tile: SEGMENTS x SEGMENT pixels, STEP floats apart in the input, by VECTORS vectors of channels.
+// A register tile: SEGMENTS x SEGMENT pixels, STEP elements apart in the input, by VECTORS vectors of channels.
 //
 // The bias comes last, since a large one would round every product that is added to it, or, for the short sums
 // where an addition per output would show, first.
-template <int LANES, int SPLIT, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH, int FLUSH,
+template <class Element, int LANES, int SPLIT, int VECTORS, int SEGMENTS, int SEGMENT, int64_t STEP, int BW, int BH, int FLUSH,
           bool BIAS_FIRST>
 struct Tile {
-  using Vec = Channels<LANES, SPLIT>;
+  using Vec = Operands<Element, LANES, SPLIT>;
   using Value = typename Vec::Value;
   using Outputs = typename Vec::Outputs;
+  using BlockRow = block_sparse::BlockRow<Element>;
   static constexpr int CHANNELS = LANES / SPLIT;  // of one vector
   static constexpr int PIXELS = SEGMENTS * SEGMENT;
-  static_assert(BW % SPLIT == 0 && (SPLIT == 1 || (BH == CHANNELS && !BIAS_FIRST)));
+  static constexpr int DEPTH = Vec::DEPTH;
+  static constexpr int WEIGHTS = LANES * DEPTH / SPLIT;  // in one vector
+  static_assert(BW % DEPTH == 0 && (SPLIT == 1 || (BH == CHANNELS && !BIAS_FIRST)));
   typedef Value Accumulators[PIXELS][VECTORS];
 
   // acc += x * w for one kept tile. SKIP names the pixel of each segment that is outside the image.
   template <int SKIP>
-  BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const float* const (&x)[SEGMENTS], const float* w) {
+  BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const Element* const (&x)[SEGMENTS], const Element* w) {
 #pragma GCC unroll 1
-    for (int k = 0; k < BW; k += SPLIT) {
+    for (int k = 0; k < BW; k += DEPTH) {
       Value wk[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * LANES);
+      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * WEIGHTS);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const int i = p % SEGMENT;
@@ -175,12 +258,12 @@ struct Tile {
   }
 
   // The same with any set of pixels outside the image: those read zeros.
-  BLOCK_SPARSE_INLINE void multiply_any(Accumulators& acc, const float* const (&x)[PIXELS], const float* w) {
+  BLOCK_SPARSE_INLINE void multiply_any(Accumulators& acc, const Element* const (&x)[PIXELS], const Element* w) {
 #pragma GCC unroll 1
-    for (int k = 0; k < BW; k += SPLIT) {
+    for (int k = 0; k < BW; k += DEPTH) {
       Value wk[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * LANES);
+      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * WEIGHTS);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const Value xp = Vec::inputs(x[p] + k);
@@ -193,11 +276,11 @@ struct Tile {
   // All kept tiles [begin, end) of one tap. A segment with mask 0 lies outside the image: x points at zeros.
   template <int SKIP>
   BLOCK_SPARSE_INLINE void multiply_tap(
-      Accumulators& acc, const float* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], const BlockRow& row,
+      Accumulators& acc, const Element* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], const BlockRow& row,
       int32_t begin, int32_t end) {
 #pragma GCC unroll 1
     for (int32_t b = begin; b < end; ++b) {
-      const float* xb[SEGMENTS];
+      const Element* xb[SEGMENTS];
 #pragma GCC unroll 32
       for (int s = 0; s < SEGMENTS; ++s) xb[s] = x[s] + (row.channel_offset[b] & mask[s]);
       multiply<SKIP>(acc, xb, row.values + static_cast<int64_t>(b) * (BW * BH));
@@ -206,11 +289,11 @@ struct Tile {
 
   // The same where only pixels [first, last) of each segment are inside the image.
   BLOCK_SPARSE_INLINE void multiply_border_tap(
-      Accumulators& acc, const float* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], int64_t first,
-      int64_t last, const float* zeros, const BlockRow& row, int32_t begin, int32_t end) {
+      Accumulators& acc, const Element* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], int64_t first,
+      int64_t last, const Element* zeros, const BlockRow& row, int32_t begin, int32_t end) {
 #pragma GCC unroll 1
     for (int32_t b = begin; b < end; ++b) {
-      const float* xb[PIXELS];
+      const Element* xb[PIXELS];
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const int s = p / SEGMENT, i = p % SEGMENT;
@@ -221,21 +304,24 @@ struct Tile {
     }
   }
 
-  BLOCK_SPARSE_INLINE void start(Accumulators& acc, const float* bias) {
+  BLOCK_SPARSE_INLINE void start(Accumulators& acc, const Element* bias) {
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
-      const Value b = BIAS_FIRST && bias ? Vec::load(bias + j * LANES) : Value{};
+      Value b{};
+      if constexpr (BIAS_FIRST) {
+        if (bias) b = Vec::outputs(bias + j * LANES);
+      }
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) acc[p][j] = b;
     }
   }
 
   // out[PIXELS][output channels]
-  BLOCK_SPARSE_INLINE void finish(const Accumulators& acc, float* out, const float* bias) {
+  BLOCK_SPARSE_INLINE void finish(const Accumulators& acc, float* out, const Element* bias) {
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
       const bool add = !BIAS_FIRST && bias;
-      const typename Outputs::Value b = add ? Outputs::load(bias + j * CHANNELS) : typename Outputs::Value{};
+      const typename Outputs::Value b = add ? Vec::outputs(bias + j * CHANNELS) : typename Outputs::Value{};
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const typename Outputs::Value y = Vec::sums(acc[p][j]);
@@ -287,7 +373,7 @@ struct Tile {
   }
 
   // A tile of a linear layer, or of a 1x1 convolution that reads pixel after pixel.
-  BLOCK_SPARSE_INLINE void linear(float* out, const float* x, const BlockRow& row) {
+  BLOCK_SPARSE_INLINE void linear(float* out, const Element* x, const BlockRow& row) {
     Accumulators acc;
     PartialSums sums;
     start(acc, row.bias);
@@ -300,17 +386,17 @@ struct Tile {
     finish(acc, out, row.bias);
   }
 
-  // A tile of a convolution. `zeros`: BW floats, or (SEGMENT - 1) * STEP + BW if there are several segments.
+  // A tile of a convolution. `zeros`: BW of them, or (SEGMENT - 1) * STEP + BW if there are several segments.
   template <int KH, int KW, int BORDER>
   BLOCK_SPARSE_INLINE void conv(
-      float* out, const Segment (&segment)[SEGMENTS], int64_t column, const Geometry& g, const float* zeros,
+      float* out, const Segment<Element> (&segment)[SEGMENTS], int64_t column, const Geometry& g, const Element* zeros,
       const BlockRow& block_row) {
     Accumulators acc;
     PartialSums sums;
     start(acc, block_row.bias);
 #pragma GCC unroll 1
     for (int kh = 0; kh < KH; ++kh) {
-      const float* row[SEGMENTS];
+      const Element* row[SEGMENTS];
       int64_t mask[SEGMENTS];
       bool any = false;
 #pragma GCC unroll 32
@@ -328,7 +414,7 @@ struct Tile {
         const int32_t end = block_row.row_ptr[kh * KW + kw + 1];
         const int64_t iw = column * g.stride_w - g.pad_left + kw * g.dilation_w;
         const bool left = iw < 0, right = iw + (SEGMENT - 1) * g.stride_w >= g.width;
-        const float* x[SEGMENTS];
+        const Element* x[SEGMENTS];
 #pragma GCC unroll 32
         for (int s = 0; s < SEGMENTS; ++s) x[s] = row[s] + (iw * g.pixel_stride & mask[s]);
         for (int32_t stop; begin < end; begin = stop) {
