@@ -10,7 +10,7 @@ import torch
 from . import cpu_spmm
 from .devices import DeviceSpec
 from .kernel_variant import KernelVariant, Parameters, output_pixels
-from .packing import INPUT_PAIRS
+from .packing import INPUT_PAIRS, INPUT_QUADS
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 
@@ -19,18 +19,27 @@ BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8), (32, 1), (16
 Low columns have a kernel of their own, with vectors along pixels."""
 
 
+PACK = {"bfloat16": 2, "uint8": 4, "int8": 4}
+"""Neighbouring input channels in a lane of 32 bits, which are multiplied together; elsewhere there is one."""
+
+
 def merged(block_shape: BlockShape, dtype: str) -> BlockShape:
-    """The tile of a kernel for zero blocks of this shape: in bf16, where input channels are multiplied in
-    pairs, two blocks of an odd width make one tile."""
+    """The tile of a kernel for zero blocks of this shape: where input channels are multiplied together, some
+    blocks of an odd width make one tile."""
     height, width = block_shape
-    return (height, 2 * width) if dtype == "bfloat16" and width % 2 else block_shape
+    return height, math.lcm(width, PACK.get(dtype, 1))
 
 
 def block_shapes(dtype: str) -> tuple[BlockShape, ...]:
     """Tiles to look for in the weights of layers of this dtype."""
     if dtype == "float32":
         return BLOCK_SHAPES
-    return tuple(merged(shape, dtype) for shape in BLOCK_SHAPES if shape not in cpu_spmm.BLOCK_SHAPES)
+    shapes = (merged(shape, dtype) for shape in BLOCK_SHAPES if shape not in cpu_spmm.BLOCK_SHAPES)
+    return tuple(dict.fromkeys(shapes))
+
+
+MOST_PRODUCTS = (2**31 - 1) // (255 * 128)
+"""Products of an unsigned and a signed byte whose sum fits 32 bits, whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,14 @@ def register_tile(
 
     Args:
         pack: input channels in a lane of weights; `bw` must be a multiple.
-        unpacked: no instruction multiplies packed lanes: each part takes a register of its own.
+        unpacked: no instruction multiplies packed lanes: they are taken apart into two registers.
     """
     bh, bw = block_shape
     if bw % pack:
         return None
-    parts = pack if unpacked else 1
+    parts = 2 if unpacked and pack > 1 else 1
     split = lanes // bh
-    if lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % (split * pack) == 0:
+    if pack <= 2 and lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % (split * pack) == 0:
         return RegisterTile(min(28, registers - 2 - 2 * parts), 1, lanes, split, pack)
     while lanes >= 4 and bh % lanes:
         lanes //= 2
@@ -88,10 +97,10 @@ def register_tile(
     return RegisterTile(min(28, pixels), vectors, lanes, pack=pack)
 
 
-def device_tile(block_shape: BlockShape, device: DeviceSpec, pack: int) -> RegisterTile | None:
+def device_tile(block_shape: BlockShape, device: DeviceSpec, dtype: str) -> RegisterTile | None:
     """The register tile on this device."""
     machine = (device.vector_lanes, device.vector_registers)
-    return register_tile(block_shape, *machine, pack, unpacked=not device.multiplies_bf16)
+    return register_tile(block_shape, *machine, PACK.get(dtype, 1), unpacked=not device.multiplies(dtype))
 
 
 def item_bytes(site: Site) -> int:
@@ -105,32 +114,31 @@ class CpuVariant(KernelVariant):
 
     Args:
         block_multiple: the block height must be a multiple of this.
-        width_multiple: input channels that are multiplied together; block widths must be a multiple.
     """
 
     block_multiple: int = 1
-    width_multiple: int = 1
 
     def _unsupported_blocks(self, pattern: BlockPattern) -> str | None:
         height, width = pattern.block_shape
         if height % self.block_multiple:
             return f"block height {height} is no multiple of {self.block_multiple}"
-        if width % self.width_multiple:
-            pairs = f"{self.dtypes[0]} is multiplied in pairs of input channels"
-            return f"block width {width} is no multiple of {self.width_multiple}: {pairs}"
+        together = PACK.get(self.dtypes[0], 1)
+        if width % together:
+            why = f"{self.dtypes[0]} is multiplied {together} input channels at a time"
+            return f"block width {width} is no multiple of {together}: {why}"
         return None
 
     def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
-        return cpu_configs(site, pattern, device, self.width_multiple)
+        return cpu_configs(site, pattern, device)
 
 
-def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec, pack: int = 1) -> list[Parameters]:
+def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
     """Candidate parameters of the CPU kernels, best guess first.
 
     `chunk`: pixel tiles that pass through all block rows together. `row_threads`: threads that share the
     block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
     """
-    tile = device_tile(pattern.block_shape, device, pack)
+    tile = device_tile(pattern.block_shape, device, site.dtype)
     if tile is None:
         return []
     pointwise = math.prod(pattern.kernel_size) == 1
@@ -193,6 +201,17 @@ def _row_threads(site: Site, pattern: BlockPattern, device: DeviceSpec, tile: Re
     return best if busiest(best) < 0.95 * busiest(1) else 1
 
 
+@dataclass(frozen=True)
+class IntegerVariant(CpuVariant):
+    """A C++ kernel on quantized inputs, for int8 weights."""
+
+    def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
+        products = int(pattern.kept.sum((1, 2)).max()) * pattern.block_shape[1]
+        if products > MOST_PRODUCTS:
+            return f"sums of {products} products of 8-bit integers may exceed 32 bits ({MOST_PRODUCTS} never do)"
+        return None
+
+
 CPU_VARIANTS = (
     CpuVariant(
         name="cpu_f32",
@@ -208,6 +227,13 @@ CPU_VARIANTS = (
         ops=("linear", "conv1d", "conv2d"),
         weight_layout=INPUT_PAIRS,
         block_multiple=4,
-        width_multiple=2,
+    ),
+    IntegerVariant(
+        name="cpu_int8",
+        device="cpu",
+        dtypes=("uint8", "int8"),
+        ops=("linear", "conv1d", "conv2d"),
+        weight_layout=INPUT_QUADS,
+        block_multiple=4,
     ),
 )

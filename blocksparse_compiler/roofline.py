@@ -240,7 +240,7 @@ def sparse_cost(
 
 def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
     """(pixels, vector lanes) that the inner loop works on."""
-    tile = cpu_variants.device_tile(block, device, 2 if site.dtype == "bfloat16" else 1)
+    tile = cpu_variants.device_tile(block, device, site.dtype)
     return (
         (min(tile.pixels, cpu_variants.cache_friendly_pixels(site, device)), tile.lanes // tile.split)
         if tile

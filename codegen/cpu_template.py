@@ -41,6 +41,8 @@ class BlockSparseTemplate(CppTemplate):
 
     source = "cpu_block_sparse.cpp.jinja"
     headers: tuple[str, ...] = ("block_sparse.h",)
+    tables: tuple[str, ...] = ("Bias",)
+    """Inputs with a number for each output channel, in order; the last ones may be missing."""
 
     def __init__(
         self,
@@ -74,9 +76,10 @@ class BlockSparseTemplate(CppTemplate):
         *rows, channels = out.get_size()
         pixels = sympy.prod(rows)
         fused = FusedEpilogue.of(out, epilogue_nodes, flag_template_buffer_has_other_users)
-        x, values, row_ptr, tile_index, *bias = self.input_nodes
+        x, values, row_ptr, tile_index, *per_channel = self.input_nodes
         inputs = {"X": x, "Values": values, "RowPtr": row_ptr, "TileIndex": tile_index}
-        inputs.update(zip(("Bias",), bias, strict=False))
+        tables = dict(zip(self.tables, per_channel, strict=False))
+        inputs.update(tables)
 
         def cexpr(size: Size) -> str:
             return cexpr_index(kernel.rename_indexing(sympy.sympify(size)))
@@ -101,7 +104,8 @@ class BlockSparseTemplate(CppTemplate):
             "pixels": pixels,
             "channels": int(channels),
             "block_rows": -(-int(channels) // self.block_shape[0]),
-            "has_bias": bool(bias),
+            "tables": {name: DTYPE_TO_CPP[node.get_dtype()] for name, node in tables.items()},
+            "has_bias": "Bias" in tables,
             "store": functools.partial(
                 self._store,
                 kernel,

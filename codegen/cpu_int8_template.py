@@ -1,0 +1,41 @@
+"""Block-sparse layers on quantized inputs: exact sums of 8-bit products, scaled to fp32 for the epilogue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from .cpu_template import BlockSparseTemplate
+from .tiling import PADDED, WIDE
+
+
+class IntegerTemplate(BlockSparseTemplate):
+    """One block-sparse layer on uint8 or int8 inputs.
+
+    Args:
+        input_nodes: input, values `[n, bw / 4, bh, 4]`, row_ptr, tile_index, scale, weight_sums and, optionally,
+            bias.
+        zero_point: of the input, and of the pixels beyond its border.
+        signed: whether inputs are int8.
+        Others as `BlockSparseTemplate`.
+    """
+
+    headers = ("block_sparse.h", "block_sparse_int8.h")
+    tables = ("Scale", "WeightSums", "Bias")
+
+    def __init__(self, *args: Any, zero_point: int, signed: bool, **options: Any) -> None:
+        super().__init__(*args, flush=0, bias_first=bool(zero_point) or signed, **options)
+        self.zero_point = zero_point
+        if zero_point and not self.tiling.flat:
+            self.tiling = replace(self.tiling, border=WIDE | PADDED)
+
+    def _tile_options(self) -> dict[str, Any]:
+        return {**super()._tile_options(), "more": f", scale, weightsums, {self.zero_point}"}
+
+    def _conv_options(self) -> dict[str, Any]:
+        options = super()._conv_options()
+        if self.tiling.border & PADDED:
+            width = self.block_shape[1]
+            values = ", ".join([str(self.zero_point)] * width)
+            options.update(zeros=width, fill=f" = {{{values}}}")
+        return options
