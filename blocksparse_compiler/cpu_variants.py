@@ -208,7 +208,9 @@ class IntegerVariant(CpuVariant):
     def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
         products = int(pattern.kept.sum((1, 2)).max()) * pattern.block_shape[1]
         if products > MOST_PRODUCTS:
-            return f"sums of {products} products of 8-bit integers may exceed 32 bits ({MOST_PRODUCTS} never do)"
+            return (
+                f"sums of {products} products of 8-bit integers may exceed 32 bits ({MOST_PRODUCTS} never do)"
+            )
         return None
 
 

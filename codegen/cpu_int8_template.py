@@ -24,9 +24,11 @@ class IntegerTemplate(BlockSparseTemplate):
     tables = ("Scale", "WeightSums", "Bias")
 
     def __init__(self, *args: Any, zero_point: int, signed: bool, **options: Any) -> None:
-        super().__init__(*args, flush=0, bias_first=bool(zero_point) or signed, **options)
+        # As unsigned numbers, which the kernel makes of signed ones: what it skips counts as zero.
+        skips_padding = zero_point + 128 * signed == 0
+        super().__init__(*args, flush=0, bias_first=not skips_padding, **options)
         self.zero_point = zero_point
-        if zero_point and not self.tiling.flat:
+        if not skips_padding and not self.tiling.flat:
             self.tiling = replace(self.tiling, border=WIDE | PADDED)
 
     def _tile_options(self) -> dict[str, Any]:

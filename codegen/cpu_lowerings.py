@@ -314,8 +314,14 @@ class _QuantizedWeight(_Weight):
 
     def _check_dtypes(self, x: Any) -> None:
         values, _, _, *tables = (t.get_dtype() for t in self.operands)
-        if values != torch.int8 or tables[:2] != [torch.float32, torch.int32] or tables[2:] not in ([], [torch.float32]):
-            raise Unsupported(f"weights of {values} with scale, sums and bias of {', '.join(map(str, tables))}")
+        if (
+            values != torch.int8
+            or tables[:2] != [torch.float32, torch.int32]
+            or tables[2:] not in ([], [torch.float32])
+        ):
+            raise Unsupported(
+                f"weights of {values} with scale, sums and bias of {', '.join(map(str, tables))}"
+            )
         self.is_signed = x.get_dtype() == torch.int8
 
     def _multiplies_packed(self) -> bool:

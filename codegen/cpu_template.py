@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from ..cpu_variants import RegisterTile
-from .epilogue import FusedEpilogue, as_matrix, reindexer, round_natively, unroll
+from .epilogue import FusedEpilogue, as_matrix, clamp_natively, reindexer, round_natively, unroll
 from .inductor_api import DTYPE_TO_CPP, KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size, Tiling, all_static
 
@@ -106,6 +106,8 @@ class BlockSparseTemplate(CppTemplate):
             "block_rows": -(-int(channels) // self.block_shape[0]),
             "tables": {name: DTYPE_TO_CPP[node.get_dtype()] for name, node in tables.items()},
             "has_bias": "Bias" in tables,
+            "more": "",
+            "fill": "",
             "store": functools.partial(
                 self._store,
                 kernel,
@@ -185,4 +187,4 @@ class BlockSparseTemplate(CppTemplate):
         target = kernel.slice_nd(matrix, [(f"m_start + {begin}", f"m_start + {end}"), ("c_start", c_end)])
         offsets = (f"m_start + {begin}", "c_start")
         code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
-        return unroll(round_natively(code))
+        return unroll(clamp_natively(round_natively(code)))

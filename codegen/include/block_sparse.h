@@ -72,6 +72,18 @@ BLOCK_SPARSE_INLINE auto to_bf16(const at::vec::VectorizedN<float, 2>& a) {
 }
 #endif
 
+#if defined(INDUCTOR_USE_VECTOR_TYPES) && INDUCTOR_USE_VECTOR_TYPES()
+// Cuts off fractions of numbers that a byte can hold.
+template <class Byte>
+BLOCK_SPARSE_INLINE auto to_bytes(const at::vec::Vectorized<float>& a) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return at::vec::Vectorized<Byte>(_mm512_castsi128_si512(_mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a))));
+#else
+  return at::vec::convert<Byte>(a);
+#endif
+}
+#endif
+
 // How a vector holds LANES / SPLIT output channels: each in SPLIT neighbouring lanes, one for each of SPLIT
 // neighbouring input channels. Blocks lower than a vector so use all its lanes.
 template <int LANES, int SPLIT>

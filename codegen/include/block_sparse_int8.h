@@ -36,7 +36,7 @@ struct Quads {
     // GCC keeps the sums of a tile in memory around the intrinsic, which does not show that it works in place.
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
 #elif defined(CPU_CAPABILITY_AVX2) && defined(__AVXVNNI__)
-    asm("{vex} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
 #else
     const Value even = x & 0x00ff00ff, odd = (x >> 8) & 0x00ff00ff;
     sum += multiply_pairs(even, (Value)((Words)w << 8 >> 8)) + multiply_pairs(odd, (Value)((Words)w >> 8));
