@@ -15,7 +15,7 @@ from .timing import geometric_mean
 
 README = Path(__file__).parent.parent / "README.md"
 TITLES = {"resnet50": "ResNet-50", "vgg16": "VGG-16", "vit_b16": "ViT-B/16", "bert_base": "BERT-base"}
-TITLES |= {"mobilenet_v1": "MobileNet-v1", "mobilenet_v2": "MobileNet-v2"}
+TITLES |= {"mobilenet_v1": "MobileNet-v1", "mobilenet_v2": "MobileNet-v2", "resnet18": "ResNet-18"}
 _SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -106,6 +106,21 @@ def sparse_pointwise(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def periodic(data: dict[str, Any]) -> str:
+    """Networks with periodic kernels."""
+    lines = [
+        _row("network", "batch", "kernels", "MACs kept", "fastest dense build", "ours", "speed-up"),
+        _row("---", "--:", "---", *["--:"] * 4),
+    ]
+    for row in data["rows"]:
+        dense = row["dense"][row["best_dense"]]["median_ms"]
+        times = f"{dense:.1f} ms", f"{row['ours']['median_ms']:.1f} ms"
+        name = TITLES.get(row["model"], row["model"])
+        cells = (name, row["batch"], row["scheme"], f"{row['kept_macs']:.0%}", *times)
+        lines.append(_row(*cells, f"**{row['speedup']:.2f}×**"))
+    return "\n".join(lines)
+
+
 def machine(data: dict[str, Any]) -> str:
     """What the figures were measured on."""
     m = data["machine"]
@@ -121,6 +136,7 @@ SECTIONS = {
     "compile_time": (compile_time, "compile_time"),
     "training": (training, "training"),
     "sparse_pointwise": (sparse_pointwise, "sparse_pointwise"),
+    "periodic": (periodic, "periodic"),
     "machine": (machine, "layers"),
 }
 

@@ -33,8 +33,8 @@ def resnet50() -> Network:
 def resnext50() -> Network:
     from .resnext import resnext50 as build
 
-    model = _prepare(build())
-    return Network(model, model, _image)
+    model = prepare(build())
+    return Network(model, model, image)
 
 
 def vit_b16() -> Network:
@@ -54,8 +54,8 @@ def vgg16() -> Network:
         else:
             layers.append(nn.MaxPool2d(2))
     head = [nn.Linear(512 * 49, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000)]
-    model = _prepare(nn.Sequential(*layers, nn.Flatten(), *head))
-    return Network(model, model, _image)
+    model = prepare(nn.Sequential(*layers, nn.Flatten(), *head))
+    return Network(model, model, image)
 
 
 def mobilenet_v1() -> Network:
@@ -73,7 +73,7 @@ def mobilenet_v2() -> Network:
 def bert_base() -> Network:
     from transformers import BertConfig, BertModel
 
-    model = _prepare(BertModel(BertConfig(), add_pooling_layer=False))
+    model = prepare(BertModel(BertConfig(), add_pooling_layer=False))
 
     def tokens(batch: int) -> Tensor:
         return torch.randint(0, 30000, (batch, BERT_TOKENS))
@@ -93,15 +93,15 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 
 
 def _vision(model: nn.Module) -> Network:
-    model = _prepare(model)
-    return Network(model, lambda x: model(x).logits, _image)
+    model = prepare(model)
+    return Network(model, lambda x: model(x).logits, image)
 
 
-def _image(batch: int) -> Tensor:
-    return torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
+def image(batch: int, pixels: int = 224) -> Tensor:
+    return torch.randn(batch, 3, pixels, pixels).to(memory_format=torch.channels_last)
 
 
-def _prepare(model: Any) -> Any:
+def prepare(model: Any) -> Any:
     """Evaluation mode, channels-last, and batch norms that are not the identity."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

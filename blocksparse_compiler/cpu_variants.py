@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -132,38 +132,83 @@ class CpuVariant(KernelVariant):
         return cpu_configs(site, pattern, device)
 
 
+FEW_TILES = 8
+"""So many register tiles, or fewer, pass through a block row together: they read its weights once."""
+
+
 def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
     """Candidate parameters of the CPU kernels, best guess first.
 
     `chunk`: pixel tiles that pass through all block rows together. `row_threads`: threads that share the
     block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
+    `prefetch`: `"output"` asks for the lines of an output tile before its sums are computed.
     """
-    tile = device_tile(pattern.block_shape, device, site.dtype)
-    if tile is None:
+    full = device_tile(pattern.block_shape, device, site.dtype)
+    if full is None:
         return []
     pointwise = math.prod(pattern.kernel_size) == 1
-    best: Parameters = {"chunk": 1 if pointwise else 4}
-    most = cache_friendly_pixels(site, device)
-    if most < tile.pixels:
-        best["pixels"] = most
+    tile = replace(full, pixels=min(cache_friendly_pixels(site, device), _row_pixels(site, full)))
+    count = -(-(output_pixels(site) or 0) // tile.pixels)
+    few = 0 < count <= FEW_TILES
+    best: Parameters = {"chunk": count if few else 1 if pointwise else 4}
+    if tile.pixels < full.pixels:
+        best["pixels"] = tile.pixels
     best["row_threads"] = row_threads = _row_threads(site, pattern, device, tile)
-    split = {"row_threads": device.threads if row_threads == 1 else 1}
-    others = ({"chunk": 4 if pointwise else 1}, {"chunk": 16}, split if device.threads > 1 else {})
-    return [best, *({**best, **other} for other in others if other)]
+    prefetch: Parameters = {"prefetch": "output"}
+    if _output_leaves_cache(site, device, tile):
+        best |= prefetch
+    split = {"row_threads": device.threads if row_threads == 1 else 1} if device.threads > 1 else {}
+    alternatives = (split, {"chunk": 4 if best["chunk"] == 1 else 1}, prefetch, {"chunk": 16})
+    configs = [best]
+    for other in alternatives:
+        config = {**best, **other}
+        if config not in configs:
+            configs.append(config)
+    return configs
 
 
 def cache_friendly_pixels(site: Site, device: DeviceSpec) -> int:
-    """How many pixels can keep their current cache line in L1 at once.
+    """How many pixels can keep their current cache line of the input in L1 at once."""
+    return _lines_in_l1(item_bytes(site) * pixel_step(site), device)
 
-    Pixels that lie a large power of two apart share few sets of the cache; two ways are left for the
-    weights that stream through.
+
+def _lines_in_l1(step_bytes: int, device: DeviceSpec) -> int:
+    """How many lines, this far apart, L1 holds at once.
+
+    A large power of two leaves few sets of the cache to share; two ways are left for the weights that
+    stream through.
     """
     line_bytes, sets = 64, 64  # of every L1 whose index fits a 4 KiB page
     ways = max(4, device.l1_bytes_per_thread // (line_bytes * sets))
-    step_bytes = item_bytes(site) * pixel_step(site)
     if step_bytes % line_bytes:
         return sets * ways
     return (sets // math.gcd(sets, step_bytes // line_bytes)) * (ways - 2)
+
+
+def _row_pixels(site: Site, tile: RegisterTile) -> int:
+    """Most pixels of a tile, by the rows of the output.
+
+    Rows of several images fill a tile without waste, but those of a single image read different rows, and
+    all of them whatever row lies outside. Tiles of one row each skip it; two vectors keep them fast enough.
+    """
+    sizes = (site.input_shape[0], *site.output_spatial)
+    if len(site.kernel_size) != 2 or tile.vectors == 1 or any(isinstance(size, str) for size in sizes):
+        return tile.pixels
+    images, height, width = map(int, sizes)
+    rows = min(tile.pixels // width if width else 0, height)
+    taps = site.kernel_size[0]
+    if images > 1 or rows < 2 or taps == 1:
+        return tile.pixels
+    useful = height * taps - sum(site.padding[0])
+    return width if useful < 0.85 * -(-height // rows) * rows * taps else tile.pixels
+
+
+def _output_leaves_cache(site: Site, device: DeviceSpec, tile: RegisterTile) -> bool:
+    """Whether stores of the output miss L2, and asking for its lines early does not push others out of L1."""
+    row_bytes = item_bytes(site) * site.out_channels
+    output_bytes = (output_pixels(site) or 0) * row_bytes
+    large = output_bytes > 2 * device.threads * device.l2_bytes_per_thread
+    return large and _lines_in_l1(row_bytes, device) >= tile.pixels
 
 
 def pixel_step(site: Site) -> int:
@@ -198,7 +243,7 @@ def _row_threads(site: Site, pattern: BlockPattern, device: DeviceSpec, tile: Re
 
     divisors = [n for n in range(1, device.threads + 1) if device.threads % n == 0]
     best = min(divisors, key=busiest)
-    return best if busiest(best) < 0.95 * busiest(1) else 1
+    return best if busiest(best) < 0.97 * busiest(1) else 1
 
 
 @dataclass(frozen=True)

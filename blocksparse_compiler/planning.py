@@ -18,6 +18,7 @@ from .passes.choose_training import choose_training
 from .passes.fixed_weights import FixedWeights
 from .passes.fold_batch_norm import fold_batch_norm
 from .passes.fold_constants import fold_constants
+from .passes.permute_channels import permute_channels
 from .pattern import BlockShape
 from .plan import Plan
 
@@ -42,6 +43,7 @@ def plan(
     copied = copy_graph(gm)
     fold_constants(copied)
     fold_batch_norm(copied)
+    permute_channels(copied)
     return choose_kernels(copied, spec, block_shape=block_shape, allow_dense=allow_dense, hints=hints)
 
 

@@ -34,7 +34,7 @@ class BlockSparseTemplate(CppTemplate):
         conv: geometry; a linear layer is a 1x1 convolution of one image, one pixel high.
         tile, tiling: register tile, and how pixels map to it.
         block_shape: `(bh, bw)`.
-        parameters: of the kernel variant: `chunk`, `row_threads`.
+        parameters: of the kernel variant: `chunk`, `row_threads`, `prefetch`.
         flush: kept tiles after which a sum starts anew; 0 for never.
         bias_first: sums start from the bias; it is added to them otherwise.
     """
@@ -135,6 +135,7 @@ class BlockSparseTemplate(CppTemplate):
             "vectors": tile.vectors,
             "width": tile.width,
             "chunk": max(1, int(self.parameters.get("chunk", 4))),
+            "prefetch_output": self.parameters.get("prefetch") == "output",
             "row_threads": max(1, int(self.parameters.get("row_threads", 1))),
             "flat": tiling.flat,
             "segments": tiling.segments,

@@ -17,6 +17,7 @@ from .insert_block_scales import insert_block_scales
 from .lower_quantized import lower_quantized
 from .lower_sites import lower_sites
 from .lower_training import lower_training
+from .permute_channels import permute_channels
 from .pipeline import PIPELINE, PassContext, run_pipeline
 from .prune_blocks import prune_blocks
 
@@ -34,6 +35,7 @@ __all__ = [
     "lower_quantized",
     "lower_sites",
     "lower_training",
+    "permute_channels",
     "prune_blocks",
     "run_pipeline",
 ]

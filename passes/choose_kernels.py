@@ -29,6 +29,7 @@ from ..variants import VARIANTS, block_shapes
 from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
+from .permute_channels import NOTE
 from .quantized_calls import quantized_call
 from .static_values import StaticValues
 
@@ -79,6 +80,8 @@ def choose_kernels(
             site = replace(site, device=device.type)
         weight = values.get(call.weight)
         if site.name in given:
+            if site.is_quantized:
+                site = replace(site, dtype=given[site.name].site.dtype)  # or fp32, which runs it as well
             decisions.append(_obey(given[site.name], site, weight, spec))
         elif weight is None or weight.is_meta or weight.layout != torch.strided:
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
@@ -87,7 +90,8 @@ def choose_kernels(
                 site = replace(site, dtype="float32")  # as which Inductor runs it, too
             choose = _choose_quantized if site.is_quantized else _choose
             decide = functools.partial(choose, call, site, weight, spec, block_shape)
-            decisions.append(decide(allow_dense=allow_dense, hints=hints))
+            decision = decide(allow_dense=allow_dense, hints=hints)
+            decisions.append(_with_note(decision, call.node.meta.get(NOTE)))
         names.setdefault(spec.name)
     return Plan(tuple(decisions), "+".join(names) or present_device("cpu").name)
 
@@ -139,6 +143,10 @@ def _choose_quantized(
         reason=f"{reason}; in fp32, as in integers {why_not}",
         estimates={**floats.estimates, DENSE: dense},
     )
+
+
+def _with_note(decision: Decision, note: str | None) -> Decision:
+    return replace(decision, reason=f"{decision.reason}; {note}") if note else decision
 
 
 def find_patterns(

@@ -18,6 +18,7 @@ from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .lower_quantized import lower_quantized
 from .lower_sites import lower_sites
+from .permute_channels import permute_channels
 
 log = logging.getLogger("blocksparse_compiler")
 
@@ -56,6 +57,7 @@ def _choose(gm: GraphModule, context: PassContext) -> int:
 PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
     ("fold_constants", lambda gm, _: fold_constants(gm)),
     ("fold_batch_norm", lambda gm, _: fold_batch_norm(gm)),
+    ("permute_channels", lambda gm, _: permute_channels(gm)),
     ("choose_kernels", _choose),
     ("lower_quantized", lambda gm, context: lower_quantized(gm, context.plan)),
     ("lower_sites", lambda gm, context: lower_sites(gm, context.plan)),

@@ -261,6 +261,23 @@ struct Segment {
 // PADDED, besides WIDE: what lies outside is no zero, but whatever `zeros` holds, and counts.
 enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4, PADDED = 8 };
 
+// Weights stream through the caches, and hardware prefetchers stop at every page: asked for so many bytes ahead.
+constexpr int WEIGHTS_AHEAD = 8192;
+
+BLOCK_SPARSE_INLINE void prefetch_weights(const void* p) {
+  __builtin_prefetch(static_cast<const char*>(p) + WEIGHTS_AHEAD);
+}
+
+// Asks for the lines of an output tile, ROWS by COLUMNS, before its sums are computed: stores will find them.
+template <int ROWS, int COLUMNS, class T>
+BLOCK_SPARSE_INLINE void prefetch_output(const T* out, int64_t stride) {
+#pragma GCC unroll 64
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j += 64 / sizeof(T)) __builtin_prefetch(out + i * stride + j, 1);
+  }
+}
+
 // A register tile: SEGMENTS x SEGMENT pixels, STEP elements apart in the input, by VECTORS vectors of channels.
 //
 // The bias comes last, since a large one would round every product that is added to it, or, for the short sums
@@ -280,6 +297,11 @@ struct Tile {
   static_assert(BW % DEPTH == 0 && (SPLIT == 1 || (BH == CHANNELS && !BIAS_FIRST)));
   typedef Value Accumulators[PIXELS][VECTORS];
 
+  BLOCK_SPARSE_INLINE Value weights(const Element* p) {
+    if (PIXELS > 1) prefetch_weights(p);  // a lone pixel leaves enough time for loads to run ahead
+    return Vec::weights(p);
+  }
+
   // acc += x * w for one kept tile. SKIP names the pixel of each segment that is outside the image.
   template <int SKIP>
   BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const Element* const (&x)[SEGMENTS], const Weight* w) {
@@ -287,7 +309,7 @@ struct Tile {
     for (int k = 0; k < BW; k += DEPTH) {
       Value wk[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * WEIGHTS);
+      for (int j = 0; j < VECTORS; ++j) wk[j] = weights(w + k * BH + j * WEIGHTS);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const int i = p % SEGMENT;
@@ -305,7 +327,7 @@ struct Tile {
     for (int k = 0; k < BW; k += DEPTH) {
       Value wk[VECTORS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) wk[j] = Vec::weights(w + k * BH + j * WEIGHTS);
+      for (int j = 0; j < VECTORS; ++j) wk[j] = weights(w + k * BH + j * WEIGHTS);
 #pragma GCC unroll 64
       for (int p = 0; p < PIXELS; ++p) {
         const Value xp = Vec::inputs(x[p] + k);

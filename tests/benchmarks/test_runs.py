@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import layers, models, pictures, readme, shapes, training, zoo
+from benchmarks import layers, models, periodic, pictures, readme, shapes, training, zoo
 from benchmarks.ours import compile_layers, newest_plan
 
 BLOCK = (32, 32)
@@ -70,6 +70,20 @@ def test_model_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     models.print_models([row])
     pictures.draw_models([row], tmp_path / "models.png")
     assert (tmp_path / "models.png").exists()
+
+
+def test_rows_of_periodic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 1)
+        )
+
+    monkeypatch.setitem(periodic.NETWORKS, "small", build)
+    (row,) = periodic.measure("small", 1, 12, ("PS1_P4",), budget=0)
+    assert row["sparse_layers"] + row["dense_layers"] == 3
+    assert row["kept_macs"] == pytest.approx(0.2, abs=0.1)
+    periodic.print_rows([row])
+    assert readme.periodic({"rows": [row]}).count("\n") == 2
 
 
 def test_a_wrong_model_is_not_timed() -> None:

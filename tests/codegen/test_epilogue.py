@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 CONV = Case((2, 32, 7, 14), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1))
-POINTWISE = Case((2, 32, 7, 14), 32, (1, 1), (32, 32), bias=False)
+POINTWISE = Case((2, 32, 7, 14), 32, (1, 1), (32, 32), bias=False, parameters={"prefetch": "output"})
 LINEAR = Case((2, 14, 32), 32, (), (32, 32))
 
 

@@ -15,13 +15,14 @@ from blocksparse_compiler.variants import VARIANTS
 TRICKY = [
     # ResNet shapes: 3x3 with padding, rows of one, two and several tiles, strides, pointwise.
     Case((2, 32, 14, 14), 64, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
-    Case((1, 16, 8, 56), 32, (3, 3), padding=(1, 1, 1, 1), bias=False),
+    Case((1, 16, 8, 56), 32, (3, 3), padding=(1, 1, 1, 1), bias=False, parameters={"prefetch": "output"}),
     Case((2, 16, 9, 15), 16, (3, 3), stride=(2, 2), padding=(1, 1, 1, 1)),
-    Case((2, 32, 14, 14), 64, (1, 1), (32, 32), parameters={"chunk": 1}),
+    Case((2, 32, 14, 14), 64, (1, 1), (32, 32), parameters={"chunk": 1, "prefetch": "output"}),
     Case((2, 32, 9, 9), 32, (1, 1), stride=(2, 2)),
     # Narrow images: the same row of several images share a tile, then rows of the image left over.
     Case((2, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
-    Case((3, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1)),
+    Case((3, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1), parameters={"prefetch": "output"}),
+    Case((1, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1), parameters={"pixels": 7}),
     Case((1, 32, 7, 7), 32, (3, 3), (32, 32), padding=(1, 1, 1, 1), stride=(2, 2)),
     Case((5, 16, 3, 2), 16, (3, 3), padding=(1, 1, 1, 1)),
     Case((2, 16, 1, 1), 16, (3, 3), padding=(1, 1, 1, 1)),
@@ -55,7 +56,8 @@ TRICKY = [
 ]
 
 
-def check(cases: list[Case]) -> None:
+def check(cases: list[Case]) -> str:
+    """Runs the layers, compares, and returns the generated text."""
     module = Layers(cases)
     xs = [case.input() for case in cases]
     outs, source = run(module, xs, dynamic=False)
@@ -63,12 +65,16 @@ def check(cases: list[Case]) -> None:
         assert_close_to_float64(layer, x, out)
     assert count_kernels(source)["block_sparse"] >= 1
     assert "blocksparse" not in source.replace("blocksparse_compiler", ""), "an operator was not lowered"
+    return source
 
 
 @pytest.mark.parametrize("variant", ["cpu_f32", "cpu_bf16"])
 def test_tricky_shapes(variant):
     multiple = VARIANTS[variant].width_multiple
-    check([replace(case, variant=variant) for case in TRICKY if case.block[1] % multiple == 0])
+    cases = [replace(case, variant=variant) for case in TRICKY if case.block[1] % multiple == 0]
+    source = check(cases)
+    wanted = sum(case.parameters.get("prefetch") == "output" for case in cases)
+    assert source.count("prefetch_output<SEGMENT, WIDTH>(Y") == wanted > 0
 
 
 @st.composite
@@ -85,7 +91,11 @@ def cases(draw):
         "bias": draw(st.booleans()),
         "density": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])),
         "seed": draw(st.integers(0, 2**16)),
-        "parameters": {"chunk": draw(small), "row_threads": draw(small)},
+        "parameters": {
+            "chunk": draw(small),
+            "row_threads": draw(small),
+            "prefetch": draw(st.sampled_from(["none", "output"])),
+        },
         "variant": variant,
     }
     if draw(st.integers(0, 3)) == 0:

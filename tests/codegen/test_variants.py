@@ -126,6 +126,35 @@ def test_few_pixels_and_large_weights_split_block_rows():
     assert CPU.configs(symbolic, full(symbolic), FIXED)[0]["row_threads"] == 1
 
 
+def best(site, block=(32, 32)):
+    return CPU.configs(site, full(site, block), FIXED)[0]
+
+
+def test_few_pixels_read_their_weights_once():
+    assert best(conv_site(512, 512, kernel=1, size=7, batch=1))["chunk"] == 4
+    assert best(conv_site(512, 512, kernel=1, size=7, batch=8))["chunk"] == 1
+    assert best(linear_site(rows=(16,)))["chunk"] == 2
+
+
+def test_rows_of_a_single_narrow_image_are_tiles_of_their_own():
+    assert best(conv_site(512, 512, size=7, batch=1))["pixels"] == 7
+    # Whole images share tiles; few taps of a high image are outside; one vector by seven pixels is slow.
+    assert "pixels" not in best(conv_site(512, 512, size=7, batch=2))
+    assert "pixels" not in best(conv_site(512, 512, kernel=1, size=7, batch=1))
+    assert "pixels" not in best(conv_site(64, 64, size=7, batch=1, input_shape=(1, 64, 56, 7)))
+    assert "pixels" not in best(conv_site(64, 64, size=7, batch=1), (16, 16))
+
+
+def test_outputs_that_leave_the_cache_are_asked_for_early():
+    large = conv_site(256, 64, kernel=1, size=56)
+    assert best(large)["prefetch"] == "output"
+    assert "prefetch" not in best(conv_site(256, 64, kernel=1, size=14))
+    # Lines 4 KiB apart would push each other out of L1.
+    assert "prefetch" not in best(conv_site(1024, 64, kernel=1, size=56))
+    others = CPU.configs(conv_site(), full(conv_site()), FIXED)[1:]
+    assert any(config.get("prefetch") == "output" for config in others)
+
+
 @given(st.integers(0, 3000), st.integers(1, 28))
 def test_flat_tiles_are_even(pixels, most):
     tiling = flat_tiling(pixels, most)
