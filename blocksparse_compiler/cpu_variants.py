@@ -118,14 +118,18 @@ class CpuVariant(KernelVariant):
 
     block_multiple: int = 1
 
+    @property
+    def width_multiple(self) -> int:
+        """Input channels that are multiplied together; block widths must be a multiple."""
+        return PACK.get(self.dtypes[0], 1)
+
     def _unsupported_blocks(self, pattern: BlockPattern) -> str | None:
         height, width = pattern.block_shape
         if height % self.block_multiple:
             return f"block height {height} is no multiple of {self.block_multiple}"
-        together = PACK.get(self.dtypes[0], 1)
-        if width % together:
-            why = f"{self.dtypes[0]} is multiplied {together} input channels at a time"
-            return f"block width {width} is no multiple of {together}: {why}"
+        if width % self.width_multiple:
+            why = f"{self.dtypes[0]} is multiplied {self.width_multiple} input channels at a time"
+            return f"block width {width} is no multiple of {self.width_multiple}: {why}"
         return None
 
     def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:

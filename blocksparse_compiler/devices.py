@@ -36,8 +36,8 @@ class DeviceSpec(Figures):
         threads: threads that share one kernel.
         vector_bits, vector_registers: of one core.
         peak_fp32_flops_per_second_per_thread, peak_bf16_flops_per_second_per_thread,
-            peak_int8_ops_per_second_per_thread: of vector instructions; multiply and add count as two. Without
-            instructions for bf16 or 8-bit integers, numbers are converted in between.
+            peak_int8_ops_per_second_per_thread: of vector instructions; multiply and add count as two.
+            Without instructions for bf16 or 8-bit integers, numbers are converted in between.
         l1_bytes_per_thread, l2_bytes_per_thread, l3_bytes: data caches; L3 is shared.
         l2_bytes_per_second_per_thread, l3_bytes_per_second, dram_bytes_per_second: streaming rates,
             reads and writes together; L3 and DRAM for all threads together.
@@ -100,7 +100,7 @@ class DeviceSpec(Figures):
         return self.threads * peaks.get(dtype, self.peak_fp32_flops_per_second_per_thread)
 
     def multiplies(self, dtype: str) -> bool:
-        """Whether there are instructions that multiply several numbers of this type in each lane and add up."""
+        """Whether there are instructions that add up products of several such numbers in each lane."""
         return self.peak_flops_per_second(dtype) > 1.5 * self.peak_flops_per_second()
 
     @classmethod

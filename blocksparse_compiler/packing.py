@@ -1,9 +1,9 @@
 """Weights as kernels read them: kept tiles, a table of where each belongs, and a schedule.
 
 CPU kernels read tiles `[bw, bh]`, so that a vector runs along output channels; those for bf16 read pairs of
-input channels, `[bw / 2, bh, 2]`, those for 8-bit integers four, `[bw / 4, bh, 4]`, as the instructions do that
-multiply these (VNNI order). GPU kernels read `[bh, bw]`, so that both operands of a matrix instruction run along
-input channels.
+input channels, `[bw / 2, bh, 2]`, those for 8-bit integers four, `[bw / 4, bh, 4]`, as the instructions do
+that multiply these (VNNI order). GPU kernels read `[bh, bw]`, so that both operands of a matrix instruction
+run along input channels.
 """
 
 from __future__ import annotations

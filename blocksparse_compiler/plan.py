@@ -30,7 +30,8 @@ class Site:
         stride, dilation, output_padding: one entry per spatial dimension; `()` for linear.
         padding: `(before, after)` per spatial dimension.
         input_shape: `[N, C, *spatial]`, or `[*rows, C]` for linear.
-        dtype, device: `"float32"`, `"cpu"` … ; `"uint8"` or `"int8"` for a quantized input, with int8 weights.
+        dtype, device: `"float32"`, `"cpu"` …; `"uint8"` or `"int8"` of a quantized input, where the weights
+            are int8.
         bias: whether the layer adds a bias.
         epilogue: names of the pointwise ops that follow (`("relu",)`).
     """

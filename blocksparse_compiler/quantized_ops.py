@@ -1,10 +1,10 @@
-"""Block-sparse layers on quantized activations: `blocksparse::quantized_conv` and `quantized_linear`.
+"""Block-sparse layers on quantized inputs: `blocksparse::quantized_conv` and `quantized_linear`.
 
-    out = scale * (sum of x * w - zero_point * sum of w) + bias        one scale, sum and bias per output channel
+    out = bias + scale * (sum of x * w - zero_point * sum of w)
 
-x is uint8 or int8 and stands for `s * (x - zero_point)`; weights are int8, packed as the kernel that is named reads
-them; `scale` is s times the weights' own. The sums are exact integers, the result is fp32. Pixels beyond the image
-are real zeros: they read as the zero point.
+x is uint8 or int8 and stands for `s * (x - zero_point)`; weights are int8, packed as the kernel that is named
+reads them; `scale` is s times the weights' own, one per output channel. Sums are exact integers, the result
+is fp32. Pixels beyond the image are real zeros: they read as the zero point.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .ops import LIBRARY, conv_output, dense_conv, layout_of
 from .packing import unpack_weight
 
 _WEIGHT = (
-    "Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor? bias, Tensor scale, Tensor weight_sums, "
-    "int zero_point, int out_channels"
+    "Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor? bias, Tensor scale, "
+    "Tensor weight_sums, int zero_point, int out_channels"
 )
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channels_last"
 

@@ -13,8 +13,8 @@ class IntegerTemplate(BlockSparseTemplate):
     """One block-sparse layer on uint8 or int8 inputs.
 
     Args:
-        input_nodes: input, values `[n, bw / 4, bh, 4]`, row_ptr, tile_index, scale, weight_sums and, optionally,
-            bias.
+        input_nodes: input, values `[n, bw / 4, bh, 4]`, row_ptr, tile_index, scale, weight_sums and,
+            optionally, bias.
         zero_point: of the input, and of the pixels beyond its border.
         signed: whether inputs are int8.
         Others as `BlockSparseTemplate`.
@@ -37,7 +37,5 @@ class IntegerTemplate(BlockSparseTemplate):
     def _conv_options(self) -> dict[str, Any]:
         options = super()._conv_options()
         if self.tiling.border & PADDED:
-            width = self.block_shape[1]
-            values = ", ".join([str(self.zero_point)] * width)
-            options.update(zeros=width, fill=f" = {{{values}}}")
-        return options
+            options["zeros"] = self.block_shape[1]
+        return {**options, "fill": self.zero_point}

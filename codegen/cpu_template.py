@@ -107,7 +107,7 @@ class BlockSparseTemplate(CppTemplate):
             "tables": {name: DTYPE_TO_CPP[node.get_dtype()] for name, node in tables.items()},
             "has_bias": "Bias" in tables,
             "more": "",
-            "fill": "",
+            "fill": 0,
             "store": functools.partial(
                 self._store,
                 kernel,

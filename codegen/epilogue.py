@@ -45,8 +45,8 @@ _TO_BYTES = re.compile(
 def clamp_natively(code: str) -> str:
     """Clamps between numbers, as in quantizing, with one instruction for each bound.
 
-    Inductor's `maximum` looks for NaN in both operands; `clamp_min` gives NaN for NaN, too, if the bound is none.
-    Bytes made of numbers so clamped need no bounds of their own (`to_bytes` in block_sparse.h).
+    Inductor's `maximum` looks for NaN in both operands; `clamp_min` gives NaN for NaN, too, if the bound is
+    none. Bytes made of numbers so clamped need no bounds of their own (`to_bytes` in block_sparse.h).
     """
     numbers = {name for _, name in _NUMBER.findall(code)}
 

@@ -1,7 +1,7 @@
 """Replaces each quantized site that the plan gives a kernel by an op on the quantized tensors themselves.
 
-conv2d(dequantize(x, s, z), dequantize(W, s_W), b)   →   blocksparse::quantized_conv(x, tiles(W), …, b, s * s_W, …)
-linear(dequantize(x, s, z), dequantize(W, s_W), b)   →   blocksparse::quantized_linear(…)
+conv2d(dequantize(x, s, z), dequantize(W, s_W), b)   →   quantized_conv(x, tiles(W), …, b, s * s_W, …)
+linear(dequantize(x, s, z), dequantize(W, s_W), b)   →   quantized_linear(…)           of `blocksparse::`
 
 What follows a layer, another layer's quantize among it, is left to Inductor, which fuses it into the kernel.
 """
@@ -25,7 +25,8 @@ def lower_quantized(gm: GraphModule, plan: Plan) -> int:
     """Rewrites `gm` in place; returns the number of sites lowered.
 
     Raises:
-        PlanError: if a decision names a node that is no quantized layer of the graph. Nothing is changed then.
+        PlanError: if a decision names a node that is no quantized layer of the graph. Nothing is changed
+            then.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
     work = [(_call(nodes, d), d) for d in plan if d.site.is_quantized and not d.is_dense]

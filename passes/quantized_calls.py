@@ -62,8 +62,8 @@ class QuantizedCall:
 def quantized_call(node: Node) -> QuantizedCall | None:
     """`node` as a `QuantizedCall`, or None if it is no layer on quantized operands of types we know.
 
-    Of the input, uint8 or int8 with numbers for scale and zero point; of the weight, int8, quantized as a whole or
-    by output channel. The layer itself computes in fp32.
+    Of the input, uint8 or int8 with numbers for scale and zero point; of the weight, int8, quantized as a
+    whole or by output channel. The layer itself computes in fp32.
     """
     layer = layer_call(node)
     if layer is None or layer.transposed or _dtype(node) != torch.float32:

@@ -297,7 +297,7 @@ struct Tile {
   static_assert(BW % DEPTH == 0 && (SPLIT == 1 || (BH == CHANNELS && !BIAS_FIRST)));
   typedef Value Accumulators[PIXELS][VECTORS];
 
-  BLOCK_SPARSE_INLINE Value weights(const Element* p) {
+  BLOCK_SPARSE_INLINE Value weights(const Weight* p) {
     if (PIXELS > 1) prefetch_weights(p);  // a lone pixel leaves enough time for loads to run ahead
     return Vec::weights(p);
   }
