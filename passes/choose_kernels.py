@@ -125,16 +125,15 @@ def _choose_quantized(
     allow_dense: bool,
     hints: cost.Hints,
 ) -> Decision:
-    """In integers; in fp32, on the dequantized input, where only that beats the dense layer in integers."""
+    """In integers; in fp32, on the dequantized input, where that is estimated to be faster still."""
     choose = functools.partial(_choose, call, weight=weight, spec=spec, block_shape=block_shape, hints=hints)
     integers = choose(site=site, allow_dense=allow_dense)
-    if not integers.is_dense:
-        return integers
     floats = choose(site=replace(site, dtype="float32"), allow_dense=allow_dense)
     if floats.is_dense or floats.pattern is None:
         return integers
     seconds, dense = floats.estimates[floats.kernel], integers.estimates[DENSE]
-    if allow_dense and seconds >= cost.MARGIN * dense:
+    best = cost.MARGIN * dense if allow_dense else math.inf
+    if seconds >= (best if integers.is_dense else integers.estimates[integers.kernel]):
         return integers
     reason = cost.why_sparse(floats.pattern, seconds, dense, forced=not allow_dense)
     why_not = integers.reason.removeprefix("stays dense: ")
