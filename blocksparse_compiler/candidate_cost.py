@@ -6,7 +6,16 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 
-from . import cpu_spmm, gpu_roofline, roofline, spmm_roofline, tuned_table, variants
+from . import (
+    amx_roofline,
+    amx_variant,
+    cpu_spmm,
+    gpu_roofline,
+    roofline,
+    spmm_roofline,
+    tuned_table,
+    variants,
+)
 from .devices import AnyDevice
 from .errors import OptionError
 from .gpu_devices import GpuSpec
@@ -50,6 +59,8 @@ def sparse_cost(
     if not isinstance(device, GpuSpec):
         if variant == cpu_spmm.SPMM.name:
             return spmm_roofline.sparse_rows_cost(site, pattern, device, density=density)
+        if variant == amx_variant.AMX.name:
+            return amx_roofline.amx_cost(site, pattern, device, variant, density=density)
         return roofline.sparse_cost(site, pattern, device, variant, density=density)
     if config is not None:
         choices = [(variant, config)]

@@ -65,6 +65,8 @@ def _candidate(
 ) -> Candidate | None:
     """The variant with its best parameters; None if this device cannot run it."""
     if not isinstance(device, GpuSpec):
+        if not configs(site, pattern, device, variant):
+            return None
         cost = sparse_cost(site, pattern, device, variant)
         return Candidate(cost.evaluate(hints), variant, pattern)
     best, sized = None, with_sizes(site, hints)

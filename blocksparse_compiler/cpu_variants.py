@@ -157,7 +157,7 @@ def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[P
     best: Parameters = {"chunk": count if few else 1 if pointwise else 4}
     if tile.pixels < full.pixels:
         best["pixels"] = tile.pixels
-    best["row_threads"] = row_threads = _row_threads(site, pattern, device, tile)
+    best["row_threads"] = row_threads = split_block_rows(site, pattern, device, tile.pixels)
     prefetch: Parameters = {"prefetch": "output"}
     if _output_leaves_cache(site, device, tile):
         best |= prefetch
@@ -220,7 +220,7 @@ def pixel_step(site: Site) -> int:
     return site.in_channels * (site.stride[-1] if site.stride else 1)
 
 
-def _row_threads(site: Site, pattern: BlockPattern, device: DeviceSpec, tile: RegisterTile) -> int:
+def split_block_rows(site: Site, pattern: BlockPattern, device: DeviceSpec, tile_pixels: int) -> int:
     """How many threads share block rows: minimises the work of the busiest thread.
 
     Splitting pixels balances best and is the rule. Splitting block rows serves layers with few pixels,
@@ -229,7 +229,7 @@ def _row_threads(site: Site, pattern: BlockPattern, device: DeviceSpec, tile: Re
     pixels = output_pixels(site)
     if not pixels:
         return 1
-    tiles = -(-pixels // tile.pixels)
+    tiles = -(-pixels // tile_pixels)
     cost = pattern.kept.sum((1, 2)).double() + 0.5
     weight_bytes = item_bytes(site) * pattern.num_kept * math.prod(pattern.block_shape)
     input_bytes = item_bytes(site) * pixels * pixel_step(site)

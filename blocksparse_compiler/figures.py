@@ -27,6 +27,8 @@ class Figures:
     """Name of a spec to start from, for error messages."""
     texts: ClassVar[tuple[str, ...]]
     """Fields that are no figures."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Figures of what some devices lack: 0 there."""
 
     name: str
     efficiency: Mapping[str, float]
@@ -49,7 +51,8 @@ class Figures:
             found = getattr(self, name)
             for value in found.values() if isinstance(found, Mapping) else (found,):
                 ok = isinstance(value, int | float) and not isinstance(value, bool)
-                if not ok or not 0 < value < float("inf"):
+                absent = name in self.optional and value == 0
+                if not ok or not (0 < value < float("inf") or absent):
                     raise OptionError(
                         f"{type(self).__name__}({self.name!r})",
                         f"{name} to be a positive number",

@@ -175,12 +175,16 @@ def precision(site: Site) -> Parameters:
     """`{"precision": "tf32" | "ieee"}` for fp32 layers, as torch's settings say; else nothing."""
     if site.dtype != "float32":
         return {}
-    backend = torch.backends.cudnn if site.kernel_size else torch.backends.cuda.matmul
+    return {"precision": "tf32" if tf32_allowed(bool(site.kernel_size)) else "ieee"}
+
+
+def tf32_allowed(convolution: bool) -> bool:
+    """What torch's settings say about fp32 products."""
+    backend = torch.backends.cudnn if convolution else torch.backends.cuda.matmul
     try:
-        allowed = bool(backend.allow_tf32)
+        return bool(backend.allow_tf32)
     except RuntimeError:  # set through the newer interface
-        allowed = getattr(backend, "fp32_precision", "ieee") == "tf32"
-    return {"precision": "tf32" if allowed else "ieee"}
+        return getattr(backend, "fp32_precision", "ieee") == "tf32"
 
 
 def _enough_pixels(site: Site, most: int) -> int:

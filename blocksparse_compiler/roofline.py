@@ -127,6 +127,11 @@ def geometry(site: Site) -> str:
     return "pointwise" if math.prod(site.kernel_size) == 1 else "spatial"
 
 
+def kind(site: Site) -> str:
+    """The class of a layer on a block-sparse kernel: `"linear"`, `"pointwise"` or `"spatial"`."""
+    return "linear" if not site.kernel_size else "spatial" if math.prod(site.kernel_size) > 1 else "pointwise"
+
+
 def positions(site: Site) -> sympy.Expr:
     """Number of output pixels (rows of a linear layer), all images together."""
     sizes = site.input_shape[:-1] if not site.kernel_size else (site.input_shape[0], *site.output_spatial)
@@ -187,18 +192,25 @@ def dense_cost(site: Site, device: DeviceSpec) -> Cost:
     return Cost(
         flops,
         traffic,
-        flops / (device.peak_flops_per_second(site.dtype) * _dense_efficiency(site, device)),
+        flops / _dense_rate(site, device),
         memory_seconds(traffic, device),
         sympy.Float(device.dense_linear_call_seconds if linear else device.dense_conv_call_seconds),
     )
 
 
-def _dense_efficiency(site: Site, device: DeviceSpec) -> sympy.Expr:
-    table, kind = device.efficiency, geometry(site)
-    usual = sympy.Float(table.get(f"dense/{kind}", 0.5))
-    if kind != "linear":
+def _dense_rate(site: Site, device: DeviceSpec) -> sympy.Expr:
+    """Flops per second of torch's operator: on AMX where there is AMX for the dtype."""
+    peak, prefix, class_ = device.peak_flops_per_second(site.dtype), "dense", geometry(site)
+    if device.has_amx and site.dtype == "bfloat16" and class_ != "depthwise":
+        peak, prefix = device.threads * device.peak_amx_flops_per_second_per_thread, "dense_amx"
+
+    def fraction(name: str, default: float) -> float:
+        return device.efficiency.get(f"{prefix}/{name}", default)
+
+    usual = sympy.Float(peak * fraction(class_, 0.5))
+    if class_ != "linear":
         return usual
-    few = sympy.Float(table.get("dense/few_rows", usual))
+    few = sympy.Float(peak * fraction("few_rows", fraction("linear", 0.5)))
     return sympy.Piecewise((few, positions(site) < FEW_ROWS), (usual, True))
 
 
@@ -217,7 +229,7 @@ def sparse_cost(
         variant: name of the kernel variant, for figures measured for it alone.
     """
     if isinstance(pattern, BlockPattern):
-        block, kept, skew = pattern.block_shape, float(pattern.kept_elements), _row_skew(pattern, device)
+        block, kept, skew = pattern.block_shape, float(pattern.kept_elements), row_skew(pattern, device)
     else:
         block, kept, skew = pattern, density * weight_elements(site), 1.0
     pixels = positions(site)
@@ -280,19 +292,19 @@ def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant:
     64), but for columns lower than 32, so a shape without a figure takes that of the highest square that
     is no higher.
     """
-    spatial = math.prod(site.kernel_size) > 1
-    kind = "linear" if not site.kernel_size else "spatial" if spatial else "pointwise"
     height, width = block_shape
     square = max((s for s in (32, 16, 8) if s <= height), default=8)
     shapes = (f"{height}x{width}", f"{square}x{square}")
-    names = (name for shape in shapes for name in (f"{variant}/{shape}/{kind}", f"{shape}/{kind}"))
+    names = (
+        name for shape in shapes for name in (f"{variant}/{shape}/{kind(site)}", f"{shape}/{kind(site)}")
+    )
     known = next((device.efficiency[name] for name in names if name in device.efficiency), 0.3)
     if width == 1 and height < 32:
         known *= LOW_COLUMNS
     return known * min(1.0, height / 8)  # lower than a vector of 8: lanes go unused in proportion
 
 
-def _row_skew(pattern: BlockPattern, device: DeviceSpec) -> float:
+def row_skew(pattern: BlockPattern, device: DeviceSpec) -> float:
     """Time of the slowest thread over the mean, with whole block rows shared out by kept tiles."""
     tiles = pattern.kept.sum((1, 2)).tolist()
     total = sum(tiles)

@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .cost import MARGIN, Hints, best_config, format_seconds
+from .cost import MARGIN, Hints, best_config, dense_cost, format_seconds, sparse_cost
 from .cost import Candidate as _Candidate
-from .devices import DeviceSpec
+from .devices import AnyDevice, DeviceSpec
 from .pattern import BlockPattern
 from .plan import DENSE, Decision, Site
-from .roofline import dense_cost, sparse_cost
 from .training_tables import phases
-from .variants import VARIANTS
+from .variants import VARIANTS, output_pixels
 
-KERNEL = "cpu_f32"
+KERNELS = {"cpu": "cpu_f32", "cuda": "triton_gather"}
+"""The row of the kernel table that trains layers on a device."""
 DENSE_WEIGHT_GRAD = 1.2
-"""Time of oneDNN's weight gradient over its forward pass; measured at 0.97 to 1.3 for ResNet-50's layers."""
+"""Time of oneDNN's weight gradient over its forward pass; measured at 0.97 to 1.3 for ResNet-50's layers. The
+same is assumed of GPUs, where it has not been measured."""
 SPARSE_WEIGHT_GRAD = 1.2
-"""The same for kept tiles: 1.05 to 1.35 measured."""
+"""The same for kept tiles: 1.05 to 1.35 measured on CPUs."""
+
+
+def kernel_for(site: Site) -> str:
+    """The row of the kernel table that trains layers on the device of this one."""
+    return KERNELS.get(site.device.partition(":")[0], KERNELS["cpu"])
 
 
 def choose_training(
     site: Site,
     patterns: Sequence[BlockPattern],
-    device: DeviceSpec,
+    device: AnyDevice,
     *,
     allow_dense: bool = True,
     hints: Hints | None = None,
@@ -36,7 +42,8 @@ def choose_training(
         allow_dense: False takes a kernel wherever one exists.
         hints: numbers for symbolic sizes.
     """
-    step = dense_cost(site, device).evaluate(hints) * (2 + DENSE_WEIGHT_GRAD)
+    kernel = kernel_for(site)
+    step = dense_cost(site, device, hints).evaluate(hints) * (2 + DENSE_WEIGHT_GRAD)
     estimates = {DENSE: step}
     refusals = [(pattern, _refusal(site, pattern)) for pattern in patterns]
     runnable = [pattern for pattern, refusal in refusals if refusal is None]
@@ -45,14 +52,14 @@ def choose_training(
         return Decision(site, DENSE, f"trains dense: {reason}", estimates=estimates)
     seconds = {pattern: _sparse_seconds(site, pattern, device, hints) for pattern in runnable}
     best = min(seconds, key=seconds.__getitem__)
-    estimates[KERNEL] = seconds[best]
+    estimates[kernel] = seconds[best]
     bh, bw = best.block_shape
     times = f"{format_seconds(seconds[best])} against {format_seconds(step)} dense, forward and backward"
     kept = f"{best.density:.0%} of {bh}x{bw} tiles kept"
     if allow_dense and seconds[best] >= MARGIN * step:
         return Decision(site, DENSE, f"trains dense: {kept}: {times}", best, estimates=estimates)
-    config = best_config(site, _Candidate(seconds[best], KERNEL, best), device)
-    return Decision(site, KERNEL, f"{kept}: {times} ({step / seconds[best]:.1f}x)", best, config, estimates)
+    config = best_config(site, _Candidate(seconds[best], kernel, best), device)
+    return Decision(site, kernel, f"{kept}: {times} ({step / seconds[best]:.1f}x)", best, config, estimates)
 
 
 def input_grad_sites(site: Site) -> list[Site]:
@@ -86,25 +93,36 @@ def _flat(padding: Sequence[tuple[int, int]]) -> list[int]:
 
 def _refusal(site: Site, pattern: BlockPattern) -> str | None:
     """Why the layer cannot train on these tiles, as a phrase."""
-    refusal = VARIANTS[KERNEL].unsupported(site, pattern)
+    refusal = VARIANTS[kernel_for(site)].unsupported(site, pattern)
     if refusal:
         return refusal
-    if site.op not in ("linear", "conv2d"):
+    on_cpu = site.device.partition(":")[0] == "cpu"
+    if site.op not in ("linear", "conv1d", "conv2d") and on_cpu:
         return f"no kernel for the gradients of {site.op}"
     (bh, bw), (out_channels, in_channels) = pattern.block_shape, pattern.group_channels
-    if bh % 4 or bw % 4:
+    if (bh % 4 or bw % 4) and on_cpu:
         return f"gradients need blocks of multiples of 4, not {bh}x{bw}"
-    if out_channels % bh or in_channels % bw:
-        return f"gradients need {bh}x{bw} blocks to divide the {out_channels}x{in_channels} channels"
+    if site.groups > 1 and (out_channels % bh or in_channels % bw):
+        return f"{bh}x{bw} blocks straddle groups of {out_channels}x{in_channels} channels"
     return None
 
 
-def _sparse_seconds(site: Site, pattern: BlockPattern, device: DeviceSpec, hints: Hints | None) -> float:
-    forward = sparse_cost(site, pattern, device, KERNEL).evaluate(hints)
+def _sparse_seconds(site: Site, pattern: BlockPattern, device: AnyDevice, hints: Hints | None) -> float:
+    kernel = kernel_for(site)
+    forward = sparse_cost(site, pattern, device, kernel, hints=hints).evaluate(hints)
     # The input gradient multiplies the same tiles, transposed; strided layers share them out over phases.
-    backward = sparse_cost(_mirrored(site), pattern.transpose(), device, KERNEL).evaluate(hints)
-    packing = 3 * 2 * 4 * pattern.kept_elements / device.l3_bytes_per_second
-    return (1 + SPARSE_WEIGHT_GRAD) * forward + backward + packing
+    mirrored = sparse_cost(_mirrored(site), pattern.transpose(), device, kernel, hints=hints)
+    backward = mirrored.evaluate(hints)
+    rate = device.l3_bytes_per_second if isinstance(device, DeviceSpec) else device.l2_bytes_per_second
+    packing = 3 * 2 * 4 * pattern.kept_elements / rate
+    return (1 + SPARSE_WEIGHT_GRAD) * forward + backward + packing + _filling(site, pattern, rate)
+
+
+def _filling(site: Site, pattern: BlockPattern, rate: float) -> float:
+    """Seconds to copy activations into channels that whole blocks cover."""
+    (bh, bw), pixels = pattern.block_shape, output_pixels(site) or 0
+    filled = site.in_channels * bool(site.in_channels % bw) + site.out_channels * bool(site.out_channels % bh)
+    return 3 * 4 * pixels * filled / rate
 
 
 def _mirrored(site: Site) -> Site:

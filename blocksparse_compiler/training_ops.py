@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops import LIBRARY, memory_format_of
+from .ops import LIBRARY, layout_of, memory_format_of
+from .packing import INPUT_MAJOR
 from .training_tables import most_surplus, phases
 
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
-_TABLES = "Tensor row_ptr, Tensor tile_index, Tensor[] input_tables, str kernel, str[] input_kernels"
+_TABLES = "Tensor tile_index, Tensor? groups, Tensor[] tables, str kernel, str[] input_kernels"
 
 LIBRARY.define(
-    f"weight_grad(Tensor grad, Tensor x, Tensor tile_index, int[] block_shape, {_GEOMETRY}) -> Tensor",
+    f"weight_grad(Tensor grad, Tensor x, Tensor tile_index, int[] block_shape, {_GEOMETRY}, "
+    "Tensor? groups=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
@@ -57,6 +59,7 @@ def _weight_grad_reference(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: Tensor | None = None,
 ) -> Tensor:
     channel_dim = 1 if kernel_size else -1
     shape = (grad.shape[channel_dim], x.shape[channel_dim], *kernel_size)
@@ -115,7 +118,8 @@ class _KeptTiles(torch.autograd.Function):
         ctx.last = weight.dim() == 4 and weight.stride(1) == 1
         bh, bw = block_shape
         row, tap, column = coordinates
-        tiles = weight.reshape(*weight.shape[:2], -1).unflatten(1, (-1, bw)).unflatten(0, (-1, bh))
+        filled = _filled(_filled(weight.reshape(*weight.shape[:2], -1), 0, bh), 1, bw)
+        tiles = filled.unflatten(1, (-1, bw)).unflatten(0, (-1, bh))
         return tiles.permute(0, 4, 2, 1, 3)[row, tap, column]
 
     @staticmethod
@@ -124,7 +128,8 @@ class _KeptTiles(torch.autograd.Function):
         (position,) = ctx.saved_tensors  # [out-blocks, taps, in-blocks]; -1 where no tile is kept
         tiles = torch.where((position >= 0)[..., None, None], grad[position.clamp(min=0)], 0)
         out_channels, in_channels, *kernel = ctx.shape
-        weight = tiles.permute(0, 3, 1, 2, 4).reshape(out_channels, *kernel, in_channels).movedim(-1, 1)
+        weight = tiles.permute(0, 3, 1, 2, 4).flatten(3).flatten(0, 1)[:out_channels, :, :in_channels]
+        weight = weight.unflatten(1, kernel or [1]).movedim(-1, 1).reshape(ctx.shape)
         return weight if ctx.last else weight.contiguous(), None, None, None
 
 
@@ -134,44 +139,53 @@ LIBRARY.impl("kept_tiles", lambda *args: _KeptTiles.apply(*args), "CompositeImpl
 # ---- layers ----------------------------------------------------------------------------------------
 
 
+def _filled(t: Tensor, dim: int, multiple: int) -> Tensor:
+    """`t` with zeros behind it along `dim`, up to whole blocks."""
+    missing = -t.shape[dim] % multiple
+    if not missing:
+        return t
+    behind = t.dim() - 1 - dim % t.dim()
+    return torch.nn.functional.pad(t, [0, 0] * behind + [0, missing])
+
+
+def _packed(tiles: Tensor, order: Tensor, kernel: str, *, transposed: bool = False) -> Tensor:
+    """Tiles as the kernel reads them: of the layer's weight, or of its transpose."""
+    input_major = layout_of(kernel) == INPUT_MAJOR
+    if order.shape[0] and input_major:
+        tiles = tiles.index_select(0, order)
+    elif order.shape[0]:
+        tiles = torch.where((order >= 0)[:, None, None], tiles[order.clamp(min=0)], 0)
+    return tiles if input_major == transposed else tiles.transpose(1, 2).contiguous()
+
+
 class _SparseConv(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, tiles: Tensor, bias: Tensor | None, *rest: Any
     ) -> Tensor:
-        (
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            last,
-            row_ptr,
-            tile_index,
-            tables,
-            kernel,
-            kernels,
-        ) = rest
-        ctx.save_for_backward(x, tiles, tile_index, *tables)
-        ctx.geometry = (kernel_size, stride, padding, dilation)
-        ctx.last, ctx.kernels = last, kernels
-        packed = tiles.transpose(1, 2).contiguous()
+        out_channels, *geometry, last, tile_index, groups, tables, kernel, kernels = rest
+        ctx.geometry, ctx.last, ctx.kernels, ctx.in_channels = geometry, last, kernels, x.shape[1]
+        x = _filled(x, 1, tiles.shape[2])
+        order, row_ptr, packed_index, *tables = tables
+        ctx.save_for_backward(x, tiles, tile_index, groups, *tables)
+        packed = _packed(tiles, order, kernel)
         return torch.ops.blocksparse.conv(
-            x, packed, row_ptr, tile_index, bias, out_channels, *ctx.geometry, last, kernel
+            x, packed, row_ptr, packed_index, bias, out_channels, *geometry, last, kernel
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, tiles, tile_index, *tables = ctx.saved_tensors
+        x, tiles, tile_index, groups, *tables = ctx.saved_tensors
         dx = dw = db = None
+        if ctx.needs_input_grad[2]:
+            db = grad.sum([0, *range(2, grad.dim())])
+        grad = _filled(grad, 1, tiles.shape[1])
         if ctx.needs_input_grad[0]:
             dx = _input_grad(grad, x, tiles, tables, ctx)
         if ctx.needs_input_grad[1]:
             shape = list(tiles.shape[1:])
-            dw = torch.ops.blocksparse.weight_grad(grad, x, tile_index, shape, *ctx.geometry)
-        if ctx.needs_input_grad[2]:
-            db = grad.sum([0, *range(2, grad.dim())])
+            dw = torch.ops.blocksparse.weight_grad(grad, x, tile_index, shape, *ctx.geometry, groups)
         return dx, dw, db, *[None] * 11
 
 
@@ -186,15 +200,16 @@ def _input_grad(grad: Tensor, x: Tensor, tiles: Tensor, tables: list[Tensor], ct
     parts, used = [], 0
     for phase, kernel in zip(phases(*ctx.geometry), ctx.kernels, strict=True):
         if not kernel:
-            parts.append(grad.new_zeros(grad.shape[0], x.shape[1], *counts))
+            parts.append(grad.new_zeros(grad.shape[0], ctx.in_channels, *counts))
             continue
         order, row_ptr, tile_index = tables[used : used + 3]
         used += 3
         # Pixel i reads dy[i + shift] and on; negative padding cuts.
         after = [surplus[d] + phase.shift[d] + phase.dilation[d] * (phase.kernel_size[d] - 1) for d in dims]
         pads = [p for d in dims for p in (-phase.shift[d], after[d])]
-        operands = (tiles.index_select(0, order), row_ptr, tile_index, None, x.shape[1])
+        packed = _packed(tiles, order, kernel, transposed=True)
         geometry = (list(phase.kernel_size), [1] * len(stride), pads, list(phase.dilation))
+        operands = (packed, row_ptr, tile_index, None, ctx.in_channels)
         parts.append(torch.ops.blocksparse.conv(grad, *operands, *geometry, ctx.last, kernel))
     if len(parts) == 1:
         return parts[0]
@@ -219,25 +234,32 @@ class _SparseLinear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, tiles: Tensor, bias: Tensor | None, *rest: Any
     ) -> Tensor:
-        out_channels, row_ptr, tile_index, tables, kernel, kernels = rest
-        ctx.save_for_backward(x, tiles, tile_index, *tables)
-        ctx.kernels = kernels
-        packed = tiles.transpose(1, 2).contiguous()
-        return torch.ops.blocksparse.linear(x, packed, row_ptr, tile_index, bias, out_channels, kernel)
+        out_channels, tile_index, groups, tables, kernel, kernels = rest
+        ctx.kernels, ctx.in_channels = kernels, x.shape[-1]
+        x = _filled(x, -1, tiles.shape[2])
+        order, row_ptr, packed_index, *tables = tables
+        ctx.save_for_backward(x, tiles, tile_index, groups, *tables)
+        packed = _packed(tiles, order, kernel)
+        return torch.ops.blocksparse.linear(x, packed, row_ptr, packed_index, bias, out_channels, kernel)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, tiles, tile_index, order, row_ptr, t_index = ctx.saved_tensors
+        x, tiles, tile_index, groups, *tables = ctx.saved_tensors
         dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            operands = (tiles.index_select(0, order), row_ptr, t_index, None, x.shape[-1], ctx.kernels[0])
+        if ctx.needs_input_grad[2]:
+            db = grad.flatten(0, -2).sum(0)
+        grad = _filled(grad, -1, tiles.shape[1])
+        if ctx.needs_input_grad[0] and not tables:
+            dx = x.new_zeros(*x.shape[:-1], ctx.in_channels)
+        elif ctx.needs_input_grad[0]:
+            order, *indices = tables
+            packed = _packed(tiles, order, ctx.kernels[0], transposed=True)
+            operands = (packed, *indices, None, ctx.in_channels, ctx.kernels[0])
             dx = torch.ops.blocksparse.linear(grad, *operands)
         if ctx.needs_input_grad[1]:
             shape = list(tiles.shape[1:])
-            dw = torch.ops.blocksparse.weight_grad(grad, x, tile_index, shape, [], [], [], [])
-        if ctx.needs_input_grad[2]:
-            db = grad.flatten(0, -2).sum(0)
+            dw = torch.ops.blocksparse.weight_grad(grad, x, tile_index, shape, [], [], [], [], groups)
         return dx, dw, db, *[None] * 6
 
 

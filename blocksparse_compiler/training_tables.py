@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .kernel_variant import KernelConfig
-from .pattern import BlockPattern
+from .packing import INPUT_MAJOR, STEP_CHANNELS
+from .pattern import BlockPattern, scatter_tiles
+from .variants import VARIANTS
 
 # ---- phases of the input gradient ------------------------------------------------------------------
 
@@ -93,13 +95,18 @@ class LayerTables:
     """What a pattern fixes: the tables of the forward kernel, and of each phase of the input gradient.
 
     Args:
-        row_ptr, tile_index: as in `PackedWeight`, for the tiles in their own order.
+        tile_index: as in `PackedWeight`, for the tiles in their own order; of channels up to whole blocks.
+        groups: int32 `[2, g]`, on GPUs: first tile, and one past the last, of the tiles of one out-block
+            whose gradients a program computes together.
+        forward: (order, row_ptr, tile_index); `order` says which tile is where, -1 for a tile of zeros. An
+            empty order leaves tiles as they are.
         phase_patterns: the transposed weight of each phase, None for a phase without tiles.
-        input_tables: (order, row_ptr, tile_index) of each phase with tiles; `order` says which tile is where.
+        input_tables: the same three tables for each phase with tiles.
     """
 
-    row_ptr: Tensor
     tile_index: Tensor
+    groups: Tensor | None
+    forward: tuple[Tensor, Tensor, Tensor]
     phase_patterns: tuple[BlockPattern | None, ...]
     input_tables: tuple[Tensor, ...]
 
@@ -110,18 +117,38 @@ class LayerTables:
         stride: Sequence[int] = (),
         padding: Sequence[int] = (),
         dilation: Sequence[int] = (),
+        kernel: str = "cpu_f32",
     ) -> LayerTables:
-        """For a pattern whose block divides the channels of each group."""
-        flat = pattern.ungroup()
+        """For a pattern whose block divides the channels of each group, if there are several.
+
+        Args:
+            kernel: row of the kernel table that multiplies.
+        """
+        flat = _whole_blocks(pattern.ungroup())
         coordinates = flat.tile_coordinates
+        on_cpu = VARIANTS[kernel].weight_layout == INPUT_MAJOR
         patterns: list[BlockPattern | None] = []
         tables: list[Tensor] = []
         for phase in phases(pattern.kernel_size, stride, padding, dilation):
-            order, transposed = _transposed(flat, coordinates, phase)
-            patterns.append(transposed if len(order) else None)
-            if transposed is not None and len(order):
-                tables += [order, *_tables(transposed)]
-        return cls(*_tables(flat), tuple(patterns), tuple(tables))
+            number, transposed = _transposed(flat, coordinates, phase)
+            patterns.append(transposed if len(number) else None)
+            if transposed is not None and len(number):
+                order, *rest = _packed_tables(transposed, kernel)
+                tables += [_chained(number, order), *rest]
+        _, tile_index = _tables(flat)
+        groups = None if on_cpu else _groups(flat)
+        return cls(tile_index, groups, _packed_tables(flat, kernel), tuple(patterns), tuple(tables))
+
+    @property
+    def all(self) -> list[Tensor]:
+        """Those of the forward pass, then those of the phases."""
+        return [*self.forward, *self.input_tables]
+
+
+def _whole_blocks(flat: BlockPattern) -> BlockPattern:
+    """The same tiles of a weight whose channels are filled up to whole blocks."""
+    (bh, bw), (rows, _, columns) = flat.block_shape, flat.grid_shape
+    return BlockPattern(rows * bh, columns * bw, flat.kernel_size, 1, flat.block_shape, flat.kept)
 
 
 def _transposed(flat: BlockPattern, coordinates: Tensor, phase: Phase) -> tuple[Tensor, BlockPattern | None]:
@@ -137,6 +164,22 @@ def _transposed(flat: BlockPattern, coordinates: Tensor, phase: Phase) -> tuple[
     return number[kept], pattern
 
 
+def _packed_tables(flat: BlockPattern, kernel: str) -> tuple[Tensor, Tensor, Tensor]:
+    """`order`, `row_ptr` and `tile_index`, as the kernel packs a weight of this pattern."""
+    variant = VARIANTS[kernel]
+    if variant.weight_layout == INPUT_MAJOR:
+        return (torch.empty(0, dtype=torch.int64), *_tables(flat))
+    # A weight that holds the number of each tile tells where its tiles go.
+    numbers = torch.arange(1, flat.num_kept + 1, dtype=torch.float64)[:, None, None]
+    packed = variant.pack(scatter_tiles(numbers.expand(-1, *flat.block_shape).contiguous(), flat), flat)
+    return packed.values[:, 0, 0].long() - 1, packed.row_ptr, packed.tile_index
+
+
+def _chained(number: Tensor, order: Tensor) -> Tensor:
+    """The order of tiles that are taken out first (`number`) and ordered then."""
+    return torch.where(order >= 0, number[order.clamp(min=0)], -1) if len(order) else number
+
+
 def _tables(flat: BlockPattern) -> tuple[Tensor, Tensor]:
     """`row_ptr` and `tile_index` of a pattern with one group, as `pack_weight` makes them."""
     row, tap, column = flat.tile_coordinates.unbind(1)
@@ -144,6 +187,22 @@ def _tables(flat: BlockPattern) -> tuple[Tensor, Tensor]:
     slots = torch.bincount(row * flat.num_taps + tap, minlength=row_ptr.shape[1] - 1)
     row_ptr[0, 1:] = slots.cumsum(0)
     return row_ptr, torch.stack([column * flat.block_shape[1], tap, row]).to(torch.int32)
+
+
+def group_size(block_width: int) -> int:
+    """Most tiles of a group: together they are one operand of a matrix instruction."""
+    return max(1, STEP_CHANNELS // block_width)
+
+
+def _groups(flat: BlockPattern) -> Tensor:
+    counts = flat.kept.sum((1, 2))
+    most, ends = group_size(flat.block_shape[1]), counts.cumsum(0)
+    runs = [
+        torch.stack([start, (start + most).clamp(max=end)])
+        for end, count in zip(ends.tolist(), counts.tolist(), strict=True)
+        for start in [torch.arange(end - count, end, most)]
+    ]
+    return torch.cat(runs, 1).to(torch.int32)
 
 
 def gather_indices(pattern: BlockPattern) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,13 @@ def lower_weight_grad(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: Any = None,
 ) -> Any:
     bh, bw = block_shape
+    if len(kernel_size) == 1:  # images of one row
+        grad, x = (reshape(t, [*t.get_size()[:2], 1, t.get_size()[2]]) for t in (grad, x))
+        kernel_size, stride, dilation = [1, *kernel_size], [1, *stride], [1, *dilation]
+        padding = [0, 0, *padding]
     channel_dim = 1 if kernel_size else -1
     out_channels, in_channels = (as_int(t.get_size()[channel_dim]) for t in (grad, x))
     tile = gradient_tile((bh, bw))

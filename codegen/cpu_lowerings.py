@@ -11,9 +11,11 @@ from typing import Any
 import sympy
 import torch
 
+from ..amx_variant import AMX, unsupported_blocks
 from ..cpu_spmm import SPMM, PixelTile, pixel_tiles
 from ..cpu_variants import RegisterTile, register_tile
 from ..variants import VARIANTS, KernelConfig
+from .cpu_amx_template import AmxTemplate, runs_amx, tiles_of
 from .cpu_int8_template import IntegerTemplate
 from .cpu_spmm_template import SparseRowsTemplate
 from .cpu_template import BlockSparseTemplate
@@ -182,7 +184,11 @@ class _Weight:
         out_channels: int,
         kernel: str,
     ) -> None:
-        self.operands = [values, row_ptr, tile_index]
+        self.operands = [
+            ir.ExternKernel.require_contiguous(values),
+            row_ptr,
+            tile_index,
+        ]  # tiles may be computed
         if bias is not None:
             self.operands.append(_table(bias))
         self.out_channels = out_channels
@@ -235,6 +241,8 @@ class _Weight:
         layout = ir.FixedLayout(x.get_device(), self.output_dtype(x), shape)
         if self.config.variant == SPMM.name:
             return self._sparse_rows(nodes, layout, images, conv)
+        if self.config.variant == AMX.name and (out := self._amx(nodes, layout, images, conv)):
+            return out
         tile = self.tile()
         flat = flat_tiling(conv.output_size[1], tile.pixels) if conv.is_flat(images) else None
         template = self.template(
@@ -263,6 +271,28 @@ class _Weight:
             "flush": -(-LONGEST_SUM // self.block_shape[1]) if self.is_fp32 else 0,
             "bias_first": tile.split == 1 and (not self.is_fp32 or self.mean_products() <= SHORT_SUM),
         }
+
+    def _amx(self, nodes: list[Any], layout: Any, images: Any, conv: ConvGeometry) -> Any | None:
+        """None where it cannot run: the kernel for vectors reads the same weights."""
+        if not runs_amx() or unsupported_blocks(self.block_shape):
+            return None
+        parameters = dict(self.config.parameters)
+        chunk, wanted = int(parameters.get("chunk", 4)), parameters.get("panel")
+        tiles = tiles_of(conv, images, chunk, parallel_num_threads(), None if wanted is None else int(wanted))
+        if tiles is None:
+            return None
+        template = AmxTemplate(
+            nodes,
+            layout,
+            parallel_num_threads(),
+            images=images,
+            conv=conv,
+            tiles=tiles,
+            in_channels=self.in_channels,
+            block_shape=self.block_shape,
+            parameters=parameters,
+        )
+        return template.generate().output_node()
 
     def _sparse_rows(self, nodes: list[Any], layout: Any, images: Any, conv: ConvGeometry) -> Any:
         if not conv.is_flat(images):

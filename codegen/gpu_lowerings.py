@@ -73,34 +73,50 @@ def _lower_conv(
     n, channels, *size = x.get_size()
     if not is_static(channels) or x.get_stride()[1] != 1:
         raise Unsupported(f"input of size {x.get_size()}, strides {x.get_stride()}")
-    out_size, masked = [], False
-    for i in range(dims):
-        before, after = padding[2 * i : 2 * i + 2]
-        reach = dilation[i] * (kernel_size[i] - 1)
-        out_size.append((size[i] + before + after - reach - 1) // stride[i] + 1)
-        last = (out_size[i] - 1) * stride[i] - before + reach
-        # By its size, no output reaches past the padding.
-        masked |= before > 0 or (after > 0 and not V.graph.sizevars.statically_known_lt(last, size[i]))
-    axes = tuple(
-        Axis(
-            name,
-            size_of("X", 2 + i),
-            size_of(None, 1 + i),
-            stride_of("X", 2 + i),
-            kernel_size[i],
-            stride[i],
-            padding[2 * i],
-            dilation[i],
-        )
-        for i, name in enumerate(_AXES[dims])
-    )
-    flat = all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and not any(padding)
-    flat = flat and _evenly_spaced(x)
+    out_size = [
+        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
+        + 1
+        for i in range(dims)
+    ]
+    outputs = [size_of(None, 1 + i) for i in range(dims)]
+    axes, masked = layer_axes(size, out_size, outputs, kernel_size, stride, padding, dilation)
+    flat = reads_pixel_by_pixel(x, kernel_size, stride, padding)
     out = weight.multiply(x, axes, [n, *out_size, weight.out_channels], flat=flat, masked=masked)
     return lowerings[torch.ops.aten.permute.default](out, [0, dims + 1, *range(1, dims + 1)])
 
 
-def _evenly_spaced(x: Any) -> bool:
+def layer_axes(
+    size: Sequence[Any],
+    out_size: Sequence[Any],
+    outputs: Sequence[str],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[tuple[Axis, ...], bool]:
+    """The spatial dimensions of a layer, whose output sizes a kernel calls `outputs`; and whether some tap of
+    some pixel falls outside the image."""
+    axes, masked = [], False
+    for i, name in enumerate(_AXES[len(kernel_size)]):
+        before, after = padding[2 * i : 2 * i + 2]
+        last = (out_size[i] - 1) * stride[i] - before + dilation[i] * (kernel_size[i] - 1)
+        # By its size, no output reaches past the padding.
+        masked |= before > 0 or (after > 0 and not V.graph.sizevars.statically_known_lt(last, size[i]))
+        steps = kernel_size[i], stride[i], before, dilation[i]
+        axes.append(Axis(name, size_of("X", 2 + i), outputs[i], stride_of("X", 2 + i), *steps))
+    return tuple(axes), masked
+
+
+def reads_pixel_by_pixel(
+    x: Any, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> bool:
+    """Whether output pixel p reads input pixel p alone, and these lie evenly spaced in memory."""
+    return all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and (
+        not any(padding) and evenly_spaced(x)
+    )
+
+
+def evenly_spaced(x: Any) -> bool:
     """Whether the pixels of all images lie at one distance from each other."""
     n, _, *size = x.get_size()
     strides = [x.get_stride()[0], *x.get_stride()[2:]]
@@ -118,7 +134,11 @@ class _Weight:
     def __init__(
         self, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
     ) -> None:
-        self.operands = [values, row_ptr, tile_index]
+        self.operands = [
+            ir.ExternKernel.require_contiguous(values),
+            row_ptr,
+            tile_index,
+        ]  # tiles may be computed
         self.bias = None if bias is None else ir.ExternKernel.require_contiguous(bias)
         self.out_channels = out_channels
         self.num_tiles, self.bh, self.bw = (int(size) for size in values.get_size())

@@ -49,6 +49,9 @@ class Axis:
         return f"{scaled} - {self.padding}" if self.padding else scaled
 
 
+WEIGHT_GRAD = "triton_weight_grad"
+"""The kernel for gradients of tiles: no row of the kernel table, but made as those are."""
+
 MAX_MASK_BITS = 32
 """Taps for which one integer holds whether they fall inside the image."""
 
@@ -104,6 +107,7 @@ class KernelText:
             digits=dict(zip((axis.name for axis in self.axes), self._tap_digits(), strict=True)),
             pixel_count=self._pixel_count(),
             pixel_stride=self._pixel_stride(),
+            grad_stride=stride_of("GRAD", len(self.axes) + 1 if self.axes else 0),
             out_channels=size_of(None, len(self._indices) - 1),
             dot_options=f', input_precision="{self.precision}"' if self.precision else "",
             size=size_of,
@@ -156,6 +160,8 @@ class KernelText:
     def _indices(self) -> tuple[str, ...]:
         """The output's indices, outermost first."""
         part = ("idx_part",) if self.split > 1 else ()
+        if self.variant == WEIGHT_GRAD:
+            return (*part, "idx_tile", "idx_row", "idx_column")
         pixel = ("idx_n", *(f"idx_{axis.name}" for axis in self.axes)) if self.axes else ("idx_row",)
         return (*part, *pixel, "idx_c")
 

@@ -59,10 +59,10 @@ def _family(device_type: str, name: str) -> Any:
     """The module with the lowerings for a device."""
     if device_type == "cpu":
         return cpu_gradients if name == "lower_weight_grad" else cpu_lowerings
-    if device_type != "cuda" or name not in ("lower_conv", "lower_linear"):
+    if device_type != "cuda" or name.startswith("lower_quantized"):
         raise Unsupported(f"no kernels for {device_type}")
     if not has_triton_package():
         raise Unsupported("Triton is not installed (pip install triton)")
-    from . import gpu_lowerings
+    from . import gpu_gradients, gpu_lowerings
 
-    return gpu_lowerings
+    return gpu_gradients if name == "lower_weight_grad" else gpu_lowerings

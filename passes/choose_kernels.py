@@ -69,7 +69,7 @@ def choose_kernels(
     names: dict[str, None] = {}
     spec_of = functools.cache(present_device)  # which reads files, or measures
     for call, site in sites_with_calls(gm):
-        obstacle = _obstacle_here(site) if device is None else None
+        obstacle = obstacle_here(site) if device is None else None
         if obstacle:
             decisions.append(Decision(site, DENSE, f"stays dense: {obstacle}"))
             continue
@@ -189,7 +189,7 @@ def _without_needless_columns(patterns: list[BlockPattern]) -> list[BlockPattern
     return found
 
 
-def _obstacle_here(site: Site) -> str | None:
+def obstacle_here(site: Site) -> str | None:
     """Why kernels for the device of the layer cannot be made on this machine."""
     kind = site.device.partition(":")[0]
     if kind not in ("cpu", "cuda"):

@@ -30,7 +30,12 @@ _REARRANGE = {
     "slice", "clone", "squeeze", "unsqueeze", "t", "expand", "to", "float", "new_zeros", "zeros_like",
 }  # fmt: skip
 _POLYNOMIAL = {*_REARRANGE, "mul", "add", "sub", "neg", "where", "masked_fill", "index_copy"}
-_EXACT = 2**24  # largest whole number up to which float32 has them all
+_DIGITS = (
+    0,
+    7,
+    14,
+    21,
+)  # bits where the digits of a tile's number start: every dtype holds such numbers exactly
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class FixedWeights:
             return FixedWeight(node, torch.ones(()).expand(self._trained[node].shape), (node,))
         generator = torch.Generator().manual_seed(0)
         probes = {
-            n: torch.rand(self._trained[n].shape, generator=generator).add_(1).to(self._trained[n].dtype)
+            n: _on(self._trained[n], torch.rand(self._trained[n].shape, generator=generator).add_(1))
             for n in inputs
         }
         try:
@@ -82,11 +87,18 @@ class FixedWeights:
             return False
         values = self._trained[weight.trained[0]]
         shape = (pattern.num_kept, *pattern.block_shape)
-        if tuple(values.shape) != shape or values.numel() >= _EXACT:
+        if tuple(values.shape) != shape or values.numel() >= 2**28:
             return False
-        numbers = torch.arange(1, values.numel() + 1, dtype=values.dtype).reshape(shape)
-        dense = self._evaluate(weight.node, {weight.trained[0]: numbers})
-        return torch.equal(gather_tiles(dense, pattern), numbers)
+        numbers = torch.arange(1, values.numel() + 1).reshape(shape)
+        real = gather_tiles(
+            torch.ones(pattern.weight_shape), pattern
+        )  # what fills ragged tiles does not count
+        for digit in _DIGITS:
+            part = (numbers >> digit & 127).float()
+            dense = self._evaluate(weight.node, {weight.trained[0]: _on(values, part)})
+            if not torch.equal(gather_tiles(dense.float().cpu(), pattern), part * real):
+                return False
+        return True
 
     def factor(self, weight: FixedWeight, pattern: BlockPattern) -> Tensor | None:
         """The kept tiles `[n, bh, bw]` of c where the weight is c * W elementwise, W its trained tensor.
@@ -100,9 +112,9 @@ class FixedWeights:
         generator = torch.Generator().manual_seed(1)
         probes = [torch.rand(like.shape, generator=generator, dtype=torch.float32).add_(1) for _ in range(2)]
         probes = [torch.ones_like(probes[0]), *probes]
-        one, *others = (self._evaluate(weight.node, {input: probe.to(like.dtype)}) for probe in probes)
+        one, *others = (self._evaluate(weight.node, {input: _on(like, probe)}) for probe in probes)
         for probe, value in zip(probes[1:], others, strict=True):
-            if not torch.allclose(one * probe, value, rtol=1e-6, atol=0):
+            if not torch.allclose(one * _on(like, probe), value, rtol=1e-6, atol=0):
                 return None
         return gather_tiles(one, pattern)
 
@@ -137,6 +149,10 @@ class FixedWeights:
                     values[node] = _run(node, values)
         result: Tensor = values[root]
         return result
+
+
+def _on(like: Tensor, value: Tensor) -> Tensor:
+    return value.to(like.device, like.dtype)
 
 
 def _name(node: Node) -> str:

@@ -75,6 +75,7 @@ def test_every_variant_of_the_table_is_tested():
     assert {name for name, variant in VARIANTS.items() if variant.device == "cpu"} == {
         "cpu_f32",
         "cpu_bf16",
+        "cpu_amx_bf16",
         "cpu_f32_spmm",
         "cpu_int8",  # test_int8_kernels.py
     }

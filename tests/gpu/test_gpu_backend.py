@@ -277,3 +277,21 @@ def test_resnet50(resnet, mode):
         assert error <= 2 * eager + 1e-3
     if mode is None:
         assert sum(not d.is_dense for d in plan()) > 40
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_on_kept_tiles(autocast):
+    torch.manual_seed(0)
+    model = Net().cuda().to(memory_format=torch.channels_last)
+    bsc.apply_pattern(model, bsc.RandomBlocks((32, 32), 0.5))
+    fast, x, gradients = compiled(model), image(8, torch.float32), []
+    for run in (model, fast):
+        model.zero_grad()
+        with torch.enable_grad():
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                out = run(x)
+            out.float().square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, want in gradients[0].items():
+        assert (gradients[1][name] - want).norm() <= (5e-2 if autocast else 1e-3) * want.norm(), name
+    assert sum(d.kernel == "triton_gather" for d in plan()) == 3

@@ -56,8 +56,9 @@ def conv_site(out_channels=256, in_channels=256, kernel=3, size=14, batch=8, **k
     return Site(**{**fields, **kwargs})
 
 
-def linear_site(out_channels=3072, in_channels=768, rows=(8, 128)) -> Site:
-    return Site("fc", "linear", "linear", out_channels, in_channels, input_shape=(*rows, in_channels))
+def linear_site(out_channels=3072, in_channels=768, rows=(8, 128), **kwargs) -> Site:
+    shape = (*rows, in_channels)
+    return Site("fc", "linear", "linear", out_channels, in_channels, input_shape=shape, **kwargs)
 
 
 def even_pattern(site: Site, density: float, block=(32, 32), seed: int = 0) -> BlockPattern:
