@@ -41,8 +41,10 @@ class BlockSparseTemplate(CppTemplate):
 
     source = "cpu_block_sparse.cpp.jinja"
     headers: tuple[str, ...] = ("block_sparse.h",)
+    operands: tuple[str, ...] = ("Values", "RowPtr", "TileIndex")
+    """Names of the inputs between the activations and the bias."""
     tables: tuple[str, ...] = ("Bias",)
-    """Inputs with a number for each output channel, in order; the last ones may be missing."""
+    """Those inputs that hold a number for each output channel; the bias may be missing."""
 
     def __init__(
         self,
@@ -76,10 +78,8 @@ class BlockSparseTemplate(CppTemplate):
         *rows, channels = out.get_size()
         pixels = sympy.prod(rows)
         fused = FusedEpilogue.of(out, epilogue_nodes, flag_template_buffer_has_other_users)
-        x, values, row_ptr, tile_index, *per_channel = self.input_nodes
-        inputs = {"X": x, "Values": values, "RowPtr": row_ptr, "TileIndex": tile_index}
-        tables = dict(zip(self.tables, per_channel, strict=False))
-        inputs.update(tables)
+        x = self.input_nodes[0]
+        inputs = dict(zip(("X", *self.operands, "Bias"), self.input_nodes, strict=False))
 
         def cexpr(size: Size) -> str:
             return cexpr_index(kernel.rename_indexing(sympy.sympify(size)))
@@ -104,8 +104,10 @@ class BlockSparseTemplate(CppTemplate):
             "pixels": pixels,
             "channels": int(channels),
             "block_rows": -(-int(channels) // self.block_shape[0]),
-            "tables": {name: DTYPE_TO_CPP[node.get_dtype()] for name, node in tables.items()},
-            "has_bias": "Bias" in tables,
+            "tables": {
+                name: DTYPE_TO_CPP[node.get_dtype()] for name, node in inputs.items() if name in self.tables
+            },
+            "has_bias": "Bias" in inputs,
             "more": "",
             "fill": 0,
             "store": functools.partial(
