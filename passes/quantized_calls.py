@@ -70,13 +70,14 @@ def quantized_call(node: Node) -> QuantizedCall | None:
         return None
     kind, x = _dequantized(layer.input)
     scale, zero_point = x.get("scale"), x.get("zero_point")
-    static = isinstance(scale, int | float) and isinstance(zero_point, int)
-    if kind != "tensor" or not static or _dtype(x["input"]) not in (torch.uint8, torch.int8):
+    if kind != "tensor" or _dtype(x["input"]) not in (torch.uint8, torch.int8):
+        return None
+    if not isinstance(scale, int | float) or not isinstance(zero_point, int):
         return None
     kind, weight = _dequantized(layer.weight)
     if not kind or weight.get("axis", 0) != 0 or _dtype(weight["input"]) != torch.int8:
         return None
-    return QuantizedCall(layer, x["input"], float(scale), int(zero_point), weight["input"])
+    return QuantizedCall(layer, x["input"], float(scale), zero_point, weight["input"])
 
 
 def _dequantized(node: Node) -> tuple[str, dict[str, Any]]:
