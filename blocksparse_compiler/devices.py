@@ -86,7 +86,7 @@ class DeviceSpec(Figures):
     @property
     def summary(self) -> str:
         """What kind of machine it is, in a few words."""
-        return f"{self.threads} threads, {self.isa}"
+        return f"{self.threads} threads, {self.isa}{' with AMX' if self.has_amx else ''}"
 
     @property
     def vector_lanes(self) -> int:
