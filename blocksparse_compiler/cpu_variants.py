@@ -67,7 +67,12 @@ class RegisterTile:
 
 
 def register_tile(
-    block_shape: BlockShape, lanes: int, registers: int, pack: int = 1, unpacked: bool = False
+    block_shape: BlockShape,
+    lanes: int,
+    registers: int,
+    pack: int = 1,
+    unpacked: bool = False,
+    splits: bool = True,
 ) -> RegisterTile | None:
     """The register tile for blocks `(bh, bw)` on vectors of `lanes` floats; None if there is none.
 
@@ -78,13 +83,14 @@ def register_tile(
     Args:
         pack: input channels in a lane of weights; `bw` must be a multiple.
         unpacked: no instruction multiplies packed lanes: they are taken apart into two registers.
+        splits: whether low blocks may share a vector between input channels.
     """
     bh, bw = block_shape
     if bw % pack:
         return None
     parts = 2 if unpacked and pack > 1 else 1
     split = lanes // bh
-    if pack <= 2 and lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % (split * pack) == 0:
+    if splits and lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % (split * pack) == 0:
         return RegisterTile(min(28, registers - 2 - 2 * parts), 1, lanes, split, pack)
     while lanes >= 4 and bh % lanes:
         lanes //= 2
@@ -97,10 +103,25 @@ def register_tile(
     return RegisterTile(min(28, pixels), vectors, lanes, pack=pack)
 
 
-def device_tile(block_shape: BlockShape, device: DeviceSpec, dtype: str) -> RegisterTile | None:
-    """The register tile on this device."""
-    machine = (device.vector_lanes, device.vector_registers)
-    return register_tile(block_shape, *machine, PACK.get(dtype, 1), unpacked=not device.multiplies(dtype))
+def dtype_tile(
+    dtype: str, block_shape: BlockShape, lanes: int, registers: int, multiplies_packed: bool
+) -> RegisterTile | None:
+    """The register tile for weights and activations of this dtype."""
+    pack = PACK.get(dtype, 1)
+    return register_tile(
+        block_shape,
+        lanes,
+        registers,
+        pack=pack,
+        unpacked=pack > 1 and not multiplies_packed,
+        splits=dtype not in ("float16", "uint8", "int8"),
+    )
+
+
+def device_tile(dtype: str, block_shape: BlockShape, device: DeviceSpec) -> RegisterTile | None:
+    """The same on this device."""
+    machine = (device.vector_lanes, device.vector_registers, device.multiplies(dtype))
+    return dtype_tile(dtype, block_shape, *machine)
 
 
 def item_bytes(site: Site) -> int:
@@ -147,7 +168,7 @@ def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[P
     block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
     `prefetch`: `"output"` asks for the lines of an output tile before its sums are computed.
     """
-    full = device_tile(pattern.block_shape, device, site.dtype)
+    full = device_tile(site.dtype, pattern.block_shape, device)
     if full is None:
         return []
     pointwise = math.prod(pattern.kernel_size) == 1
@@ -285,6 +306,13 @@ CPU_VARIANTS = (
         dtypes=("uint8", "int8"),
         ops=("linear", "conv1d", "conv2d"),
         weight_layout=INPUT_QUADS,
+        block_multiple=4,
+    ),
+    CpuVariant(
+        name="cpu_f16",
+        device="cpu",
+        dtypes=("float16",),
+        ops=("linear", "conv1d", "conv2d"),
         block_multiple=4,
     ),
 )

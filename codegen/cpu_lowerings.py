@@ -13,7 +13,7 @@ import torch
 
 from ..amx_variant import AMX, unsupported_blocks
 from ..cpu_spmm import SPMM, PixelTile, pixel_tiles
-from ..cpu_variants import RegisterTile, register_tile
+from ..cpu_variants import RegisterTile, dtype_tile
 from ..variants import VARIANTS, KernelConfig
 from .cpu_amx_template import AmxTemplate, runs_amx, tiles_of
 from .cpu_int8_template import IntegerTemplate
@@ -229,11 +229,11 @@ class _Weight:
             raise Unsupported(
                 f"weights and bias of {', '.join(map(str, others))} on inputs of {x.get_dtype()}"
             )
-        self.is_fp32 = x.get_dtype() == torch.float32
+        self.dtype = str(x.get_dtype()).removeprefix("torch.")
 
     def tile(self) -> RegisterTile:
-        unpacked = not self._multiplies_packed()
-        tile = register_tile(self.block_shape, *vectors_of_isa(), self.pack, unpacked)
+        packed = self._multiplies_packed()
+        tile = dtype_tile(self.dtype, self.block_shape, *vectors_of_isa(), packed)
         if tile is None:
             raise Unsupported(f"block height {self.block_shape[0]}")
         return replace(tile, pixels=min(tile.pixels, int(self.config.parameters.get("pixels", tile.pixels))))
@@ -281,10 +281,11 @@ class _Weight:
 
     def arithmetic(self, tile: RegisterTile) -> dict[str, Any]:
         """What the template needs to know about numbers."""
+        is_fp32 = self.dtype == "float32"
         return {
             # Rounding a low-precision output loses more than any order of its fp32 sum.
-            "flush": -(-LONGEST_SUM // self.block_shape[1]) if self.is_fp32 else 0,
-            "bias_first": tile.split == 1 and (not self.is_fp32 or self.mean_products() <= SHORT_SUM),
+            "flush": -(-LONGEST_SUM // self.block_shape[1]) if is_fp32 else 0,
+            "bias_first": tile.split == 1 and (not is_fp32 or self.mean_products() <= SHORT_SUM),
         }
 
     def _amx(self, nodes: list[Any], layout: Any, images: Any, conv: ConvGeometry) -> Any | None:
@@ -367,7 +368,7 @@ class _QuantizedWeight(_Weight):
             raise Unsupported(
                 f"weights of {values} with scale, sums and bias of {', '.join(map(str, tables))}"
             )
-        self.is_signed = x.get_dtype() == torch.int8
+        self.dtype = str(x.get_dtype()).removeprefix("torch.")
 
     def _multiplies_packed(self) -> bool:
         """Whether the instructions multiply bytes (VNNI)."""
@@ -378,7 +379,7 @@ class _QuantizedWeight(_Weight):
         return torch.float32
 
     def arithmetic(self, tile: RegisterTile) -> dict[str, Any]:
-        return {"zero_point": self.zero_point, "signed": self.is_signed}
+        return {"zero_point": self.zero_point, "signed": self.dtype == "int8"}
 
 
 def vectors_of_isa() -> tuple[int, int]:

@@ -26,7 +26,7 @@ def check(cases: list[Case]) -> str:
     return source
 
 
-@pytest.mark.parametrize("variant", ["cpu_f32", "cpu_bf16"])
+@pytest.mark.parametrize("variant", ["cpu_f32", "cpu_bf16", "cpu_f16"])
 def test_tricky_shapes(variant):
     multiple = VARIANTS[variant].width_multiple
     cases = [replace(case, variant=variant) for case in TRICKY if case.block[1] % multiple == 0]
@@ -76,6 +76,7 @@ def test_every_variant_of_the_table_is_tested():
         "cpu_f32",
         "cpu_f32_depthwise",
         "cpu_bf16",
+        "cpu_f16",
         "cpu_amx_bf16",
         "cpu_f32_spmm",
         "cpu_int8",  # test_int8_kernels.py

@@ -53,7 +53,7 @@ TRICKY = [
 def cases(draw):
     size = st.integers(1, 20)
     small = st.integers(1, 3)
-    variant = draw(st.sampled_from(["cpu_f32", "cpu_bf16"]))
+    variant = draw(st.sampled_from(["cpu_f32", "cpu_bf16", "cpu_f16"]))
     odd = [(32, 5)] if variant == "cpu_f32" else [(32, 2), (16, 6)]
     block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (4, 4), (16, 8), *odd]))
     channels = draw(st.integers(block[1], 70)), draw(st.integers(block[0], 70))
