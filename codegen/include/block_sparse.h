@@ -245,10 +245,9 @@ struct Operands<at::BFloat16, LANES, SPLIT> : FloatOperands<at::BFloat16, LANES,
 
 // fp16: converted as it is loaded.
 template <int LANES>
-struct Operands<at::Half, LANES, 1> : Channels<LANES, 1> {
+struct Operands<at::Half, LANES, 1> : FloatOperands<at::Half, LANES, 1> {
   static constexpr int DEPTH = 1;
   using Value = typename Channels<LANES, 1>::Value;
-  using Outputs = Lanes<LANES>;
 
   BLOCK_SPARSE_INLINE Value weights(const at::Half* p) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -269,7 +268,6 @@ struct Operands<at::Half, LANES, 1> : Channels<LANES, 1> {
     const float number = static_cast<float>(*p);
     return Lanes<LANES>::broadcast(&number);
   }
-  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const at::Half* p) { return weights(p); }
 };
 
 // What a convolution needs to know besides its strides along a row. Sizes in pixels, strides in elements.
