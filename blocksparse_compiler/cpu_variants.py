@@ -24,9 +24,14 @@ PACK = {"bfloat16": 2, "uint8": 4, "int8": 4}
 
 
 def merged(block_shape: BlockShape, dtype: str) -> BlockShape:
-    """The tile of a kernel for zero blocks of this shape: where input channels are multiplied together, some
-    blocks of an odd width make one tile."""
+    """The tile of a kernel for zero blocks of this shape.
+
+    Where input channels are multiplied together, some blocks of an odd width make one tile. In fp32, low and
+    wide blocks split into columns: vectors along pixels need no width.
+    """
     height, width = block_shape
+    if dtype == "float32" and height in (1, 2):
+        return height, 1
     return height, math.lcm(width, PACK.get(dtype, 1))
 
 
