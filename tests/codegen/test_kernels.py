@@ -44,14 +44,16 @@ def test_random_shapes(drawn):
 def test_one_compilation_serves_every_batch():
     pad = (1, 1, 1, 1)
     module = Layers([Case((4, 32, 7, 9), 32, (3, 3), padding=pad), Case((4, 32, 7, 9), 32, (1, 1))])
-    with compiling():
-        fast = torch.compile(module, fullgraph=True, dynamic=True)
+    with compiling() as sources:
+        fast = torch.compile(module, fullgraph=True)
         for batch in (2, 3, 8, 5):
             x = torch.randn(batch, 32, 7, 9).to(memory_format=torch.channels_last)
+            torch._dynamo.mark_dynamic(x, 0)
             with torch._dynamo.config.patch(error_on_recompile=batch != 2):
                 outs = fast([x, x])
             for layer, out in zip(module.layers, outs, strict=True):
                 assert_close_to_float64(layer, x, out)
+    assert count_kernels("\n".join(sources))["block_sparse"] == len(module.layers)
 
 
 def test_symbolic_image_and_row_sizes():
@@ -59,16 +61,19 @@ def test_symbolic_image_and_row_sizes():
     cases = [Case((2, 16, 7, 9), 16, (3, 3), padding=pad), Case((2, 16, 7, 9), 16, (1, 1)), Case((4, 16), 16)]
     cases += [replace(case, variant="cpu_bf16") for case in cases]
     module = Layers(cases)
-    with compiling():
-        fast = torch.compile(module, fullgraph=True, dynamic=True)
+    with compiling() as sources:
+        fast = torch.compile(module, fullgraph=True)
         for i, (batch, height, width) in enumerate([(2, 7, 9), (3, 2, 3), (2, 18, 30)]):
             x = torch.randn(batch, 16, height, width).to(memory_format=torch.channels_last)
             xs = [x, x, torch.randn(batch * height, 16)]
             xs += [x.bfloat16() for x in xs]
+            for layer_input in xs:  # channels are dimension 1 of all of them
+                torch._dynamo.mark_dynamic(layer_input, [d for d in range(layer_input.dim()) if d != 1])
             with torch._dynamo.config.patch(error_on_recompile=i > 0):
                 outs = fast(xs)
             for layer, layer_input, out in zip(module.layers, xs, outs, strict=True):
                 assert_close_to_float64(layer, layer_input, out)
+    assert count_kernels("\n".join(sources))["block_sparse"] == len(cases)
 
 
 def test_every_variant_of_the_table_is_tested():
