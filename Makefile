@@ -44,6 +44,7 @@ bench: $(INSTALLED)  ## Measure layers, models and compile time against the stro
 	$(RUN) -m benchmarks.compile_time
 	$(RUN) -m benchmarks.training
 	$(RUN) -m benchmarks.sparse_pointwise
+	$(RUN) -m benchmarks.break_even
 	$(RUN) -m benchmarks.periodic
 
 bench-gpu: $(INSTALLED)  ## The same on a CUDA GPU, in under 20 minutes

@@ -100,6 +100,7 @@ def measure(
             "torch_bsr": bsr,
             "engines": {name: t.to_json(copies) for name, t in other_timings.items()},
             "threads": torch.get_num_threads(),
+            "copies": copies,
             "ours": mine,
             "best_dense": report.best(dense),
             "speedup": {mode: report.speedup(dense, t) for mode, t in mine.items()},

@@ -114,8 +114,8 @@ def check(fast: Callable[[Tensor], Tensor], network: zoo.Network, x: Tensor) -> 
 
 def kernels(plan: Plan) -> dict[str, int]:
     """How many layers the plan runs sparse, and how many dense."""
-    dense = sum(decision.is_dense for decision in plan)
-    return {"sparse_layers": len(plan) - dense, "dense_layers": dense}
+    sparse = sum(decision.is_block_sparse for decision in plan)
+    return {"sparse_layers": sparse, "dense_layers": len(plan) - sparse}
 
 
 def print_models(rows: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ def layers(data: dict[str, Any]) -> str:
     ]
     for block, batch in dict.fromkeys((s["block"], s["batch"]) for s in means):
         line = {s["density"]: s["auto"] for s in means if (s["block"], s["batch"]) == (block, batch)}
-        lines.append(_row(block, batch, *(f"{line[d]:.2f}×" for d in densities)))
+        lines.append(_row(block, batch, *(f"{line[d]:.2f}×" if d in line else "–" for d in densities)))
     return "\n".join(lines)
 
 

@@ -159,7 +159,8 @@ class CompiledGraph:
         line.update("planning")
         lowered, self.plan = self._lower(gm, dump, line)
         sparse = sum(not d.is_dense for d in self.plan)
-        line.update(f"generating code ({sparse} of {len(self.plan)} layers block-sparse)")
+        blocks = sum(d.is_block_sparse for d in self.plan)
+        line.update(f"generating code ({blocks} of {len(self.plan)} layers block-sparse)")
         inputs = [examples[i] for i in self._dynamic]
         with self._grad_mode(), dump.sources():
             try:

@@ -10,6 +10,7 @@ from . import (
     amx_roofline,
     amx_variant,
     cpu_spmm,
+    depthwise,
     gpu_roofline,
     roofline,
     spmm_roofline,
@@ -59,6 +60,8 @@ def sparse_cost(
     if not isinstance(device, GpuSpec):
         if variant == cpu_spmm.SPMM.name:
             return spmm_roofline.sparse_rows_cost(site, pattern, device, density=density)
+        if variant == depthwise.DEPTHWISE.name:
+            return depthwise.depthwise_cost(site, device)
         if variant == amx_variant.AMX.name:
             return amx_roofline.amx_cost(site, pattern, device, variant, density=density)
         return roofline.sparse_cost(site, pattern, device, variant, density=density)

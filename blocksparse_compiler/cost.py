@@ -15,6 +15,7 @@ from .candidate_cost import (
     sparse_cost,
     with_sizes,
 )
+from .depthwise import DEPTHWISE
 from .devices import AnyDevice
 from .gpu_devices import GpuSpec
 from .pattern import BlockPattern
@@ -130,12 +131,15 @@ def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_den
     """Why no sparse kernel can serve this layer, whatever its cost."""
     if 0 in site.input_shape:
         return "its input is empty"
+    if patterns and all(DEPTHWISE.unsupported(site, pattern) is None for pattern in patterns):
+        return None
     if geometry(site) == "depthwise":
         return "depthwise convolution has one input channel per group"
     if not patterns or (allow_dense and all(p.num_kept == p.kept.numel() for p in patterns)):
         shapes = {p.block_shape for p in patterns}
-        tried = "{}x{} tiles".format(*shapes.pop()) if len(shapes) == 1 else "any supported tile shape"
-        return f"no zero blocks found in {tried}"
+        if len(shapes) == 1:
+            return "no zero blocks found in {}x{} tiles".format(*shapes.pop())
+        return "no zero blocks found in any supported tile shape"
     return None
 
 
@@ -149,8 +153,11 @@ def why_sparse(
     limit: str = "",
 ) -> str:
     """The sentence for a layer that goes sparse; `limit` says what bounds its time."""
+    kept = (
+        "dense on its own kernel" if pattern.groups == pattern.in_channels > 1 else f"{_kept(pattern)} kept"
+    )
     reason = (
-        f"{_kept(pattern)} kept: {format_seconds(seconds)} against {format_seconds(dense_seconds)} dense "
+        f"{kept}: {format_seconds(seconds)} against {format_seconds(dense_seconds)} dense "
         f"({dense_seconds / seconds:.1f}x{', measured' if measured else ''}){limit}"
     )
     return f"{reason}; dense is not allowed here" if forced and seconds >= dense_seconds else reason
@@ -158,6 +165,8 @@ def why_sparse(
 
 def _why_dense(site: Site, best: Candidate, device: AnyDevice, hints: Hints | None) -> str:
     pattern = best.pattern
+    if best.variant == DEPTHWISE.name:
+        return "stays dense: torch's depthwise convolution is as fast at this size"
     limit = break_even_density(
         with_sizes(site, hints) if isinstance(device, GpuSpec) else site,
         pattern.block_shape,

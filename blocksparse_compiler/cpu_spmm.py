@@ -49,23 +49,26 @@ def pixel_tiles(height: int, lanes: int, registers: int) -> list[PixelTile]:
     return [PixelTile(vectors, lanes) for vectors in range(unit, max(unit, min(most, 8 * unit)) + 1, unit)]
 
 
-def pixel_tile(
-    height: int, pixels: int | None, lanes: int, registers: int, threads: int = 1, row_threads: int = 1
-) -> PixelTile:
-    """The tile that costs the busiest thread least; the largest for an unknown number of pixels.
+def pixel_tile(height: int, site: Site, device: DeviceSpec, row_threads: int = 1) -> PixelTile:
+    """The tile that costs the busiest thread least, or a smaller one that costs little more; the largest for
+    an unknown number of pixels.
 
-    Each nonzero of a tile costs its vectors and about one more, for the weight and its place.
+    Each nonzero of a tile costs its vectors and about one more, for the weight and its place; and those
+    again that the panel of inputs has no room for in L1. Higher blocks fetch less often.
     """
-    tiles = pixel_tiles(height, lanes, registers)
+    tiles = pixel_tiles(height, device.vector_lanes, device.vector_registers)
+    pixels = output_pixels(site)
     if pixels is None:
         return tiles[-1]
-    parts = max(1, threads // row_threads)
+    parts = max(1, device.threads // row_threads)
 
     def work(tile: PixelTile) -> float:
         turns = -(-max(1, pixels) // tile.pixels)
-        return -(-turns // parts) * (tile.vectors + 1.0)
+        missing = max(0.0, 1 - device.l1_bytes_per_thread / (4 * site.in_channels * tile.pixels))
+        return -(-turns // parts) * (1.1 + tile.vectors * (1 + missing / height))
 
-    return min(tiles, key=work)
+    limit = 1.08 * min(map(work, tiles))
+    return next(tile for tile in tiles if work(tile) <= limit)
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,10 @@ class SparseRowsVariant(KernelVariant):
 
     def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
         """`row_threads`: threads that share the output channels of the same pixels; `pixels`: of a tile."""
-        height, pixels = pattern.block_shape[0], output_pixels(site)
-        machine = (device.vector_lanes, device.vector_registers)
+        height = pattern.block_shape[0]
         found: list[Parameters] = []
         for row_threads in dict.fromkeys((split_rows(site, device), device.threads, 1)):
-            tile = pixel_tile(height, pixels, *machine, device.threads, row_threads)
+            tile = pixel_tile(height, site, device, row_threads)
             found.append({"pixels": tile.pixels, "row_threads": row_threads})
         return found
 

@@ -1,8 +1,9 @@
-"""The operators that a compiled graph contains: `blocksparse::conv` and `blocksparse::linear`.
+"""The operators that a compiled graph contains: `blocksparse::conv`, `blocksparse::linear`, and, for what
+stands between sparse layers of mobile networks, `blocksparse::depthwise`.
 
-Both take weights as the kernel that they name packs them (`KernelVariant.pack`): one group, kept tiles only.
-The implementations here are the plain torch reference (scatter to dense, dense kernel); Inductor replaces
-them by generated kernels.
+The first two take weights as the kernel that they name packs them (`KernelVariant.pack`): one group, kept
+tiles only. The implementations here are the plain torch reference (scatter to dense, dense kernel); Inductor
+replaces them by generated kernels.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ _LINEAR = (
     "linear(Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor? bias, "
     "int out_channels, str kernel) -> Tensor"
 )
+_DEPTHWISE = (
+    "depthwise(Tensor x, Tensor weight, Tensor? bias, int[] kernel_size, int[] stride, int[] padding, "
+    "int[] dilation, bool channels_last, str kernel) -> Tensor"
+)
 
 LIBRARY = torch.library.Library("blocksparse", "DEF")
 LIBRARY.define(_CONV, tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(_DEPTHWISE, tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -56,14 +62,27 @@ def _conv_reference(
     weight = unpack_weight(
         values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size, layout_of(kernel)
     )
+    return _dense_conv(x, weight, bias, stride, padding, dilation, channels_last)
+
+
+def _dense_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    groups: int = 1,
+) -> Tensor:
     pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
     before = [lo for lo, _ in pairs]
     if any(lo != hi or lo < 0 for lo, hi in pairs):
         x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair])
         before = [0] * len(pairs)
-    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(kernel_size) - 1]
-    out = conv(x, weight, bias, list(stride), before, list(dilation))
-    return out.contiguous(memory_format=memory_format_of(len(kernel_size), channels_last))
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(pairs) - 1]
+    out = conv(x, weight, bias, list(stride), before, list(dilation), groups)
+    return out.contiguous(memory_format=memory_format_of(len(pairs), channels_last))
 
 
 def _conv_fake(
@@ -87,6 +106,36 @@ def _conv_fake(
     memory_format = memory_format_of(len(kernel_size), channels_last)
     shape = (x.shape[0], out_channels, *spatial)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _depthwise_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    kernel: str,
+) -> Tensor:
+    filters = weight.t().reshape(x.shape[1], 1, *kernel_size)
+    return _dense_conv(x, filters, bias, stride, padding, dilation, channels_last, groups=x.shape[1])
+
+
+def _depthwise_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    kernel: str,
+) -> Tensor:
+    geometry = (kernel_size, stride, padding, dilation, channels_last, kernel)
+    return _conv_fake(x, weight, weight, weight, bias, x.shape[1], *geometry)
 
 
 def memory_format_of(spatial_dims: int, channels_last: bool) -> torch.memory_format:
@@ -121,6 +170,8 @@ def _linear_fake(
 
 
 LIBRARY.impl("conv", _conv_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("depthwise", _depthwise_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("linear", _linear_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("blocksparse::conv", _conv_fake, lib=LIBRARY)
+torch.library.register_fake("blocksparse::depthwise", _depthwise_fake, lib=LIBRARY)
 torch.library.register_fake("blocksparse::linear", _linear_fake, lib=LIBRARY)

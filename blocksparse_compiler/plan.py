@@ -109,6 +109,11 @@ class Decision:
         return self.kernel == DENSE
 
     @property
+    def is_block_sparse(self) -> bool:
+        """Whether it runs on kept tiles; a depthwise layer on a kernel of ours is not dense, but whole."""
+        return not self.is_dense and (self.site.groups == 1 or self.site.groups < self.site.in_channels)
+
+    @property
     def density(self) -> float:
         return 1.0 if self.pattern is None else self.pattern.density
 

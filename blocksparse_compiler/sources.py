@@ -73,10 +73,10 @@ def assign(decisions: Iterable[Decision], generated: str) -> dict[str, str]:
 
 
 def _packed_shapes(decision: Decision) -> set[Shape]:
-    """Shapes of the tiles and of the row pointer of a layer."""
+    """Shapes of the tiles and of the row pointer of a layer; depthwise layers have none."""
     assert decision.pattern is not None
     packed = VARIANTS[decision.kernel].pack(torch.zeros(decision.pattern.weight_shape), decision.pattern)
-    return {tuple(packed.values.shape), tuple(packed.row_ptr.shape)}
+    return {tuple(t.shape) for t in (packed.values, packed.row_ptr) if t.numel()}
 
 
 def _sizes(text: str) -> Shape:

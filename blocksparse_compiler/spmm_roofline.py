@@ -10,7 +10,6 @@ import sympy
 
 from . import cpu_spmm
 from .devices import DeviceSpec
-from .kernel_variant import output_pixels
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 from .roofline import Cost, activation_bytes, memory_seconds, positions, weight_elements
@@ -36,14 +35,7 @@ def sparse_rows_cost(
     else:
         height, blocks = pattern[0], density * weight_elements(site) / pattern[0]
     row_threads = cpu_spmm.split_rows(site, device)
-    tile = cpu_spmm.pixel_tile(
-        height,
-        output_pixels(site),
-        device.vector_lanes,
-        device.vector_registers,
-        device.threads,
-        row_threads,
-    )
+    tile = cpu_spmm.pixel_tile(height, site, device, row_threads)
     panels = sympy.ceiling(positions(site) / tile.pixels)
     turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
     tiles = (site.in_channels + site.out_channels / row_threads) / cpu_spmm.SIDE * tile.pixels / cpu_spmm.SIDE

@@ -42,7 +42,7 @@ class Totals:
             sum(d.estimates[DENSE] for d in known),
             sum(d.estimates[d.kernel] for d in known),
             len(plan),
-            sum(not d.is_dense for d in plan),
+            sum(d.is_block_sparse for d in plan),
         )
 
     def __str__(self) -> str:

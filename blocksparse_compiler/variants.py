@@ -6,7 +6,7 @@ this table into code, the cost model, the tests and the benchmarks run over its 
 
 from __future__ import annotations
 
-from . import amx_variant, box_variant, cpu_spmm, cpu_variants, gpu_variants, pair_variant
+from . import amx_variant, box_variant, cpu_spmm, cpu_variants, depthwise, gpu_variants, pair_variant
 from .kernel_variant import KernelConfig, KernelVariant, Parameters, output_pixels
 from .pattern import BlockShape, check_block_shape
 from .plan import Site
@@ -17,6 +17,7 @@ VARIANTS: dict[str, KernelVariant] = {
         *cpu_variants.CPU_VARIANTS,
         amx_variant.AMX,
         cpu_spmm.SPMM,
+        depthwise.DEPTHWISE,
         *gpu_variants.GPU_VARIANTS,
         box_variant.BOX,
         pair_variant.PAIR,

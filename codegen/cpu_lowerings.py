@@ -84,11 +84,25 @@ def _lower_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Any:
+    x, conv = channels_last_conv(x, kernel_size, stride, padding, dilation)
+    n, (h, w), pixel_stride = as_int(x.get_size()[0]), conv.input_size, conv.input_strides[2]
+    shape = [n, *conv.output_size, weight.out_channels]
+    if conv.is_flat(n):
+        out = weight.multiply(x, 1, _row_of_pixels(n * h * w, pixel_stride), shape)
+    else:
+        out = weight.multiply(x, n, conv, shape)
+    return lowerings[torch.ops.aten.permute.default](out, [0, 3, 1, 2])
+
+
+def channels_last_conv(
+    x: Any, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[Any, ConvGeometry]:
+    """The input in channels-last memory, and the geometry of a convolution on it."""
     # Realized before its strides are asked for: a residual sum would else be copied for this layer, and
     # computed again, from all that went into it, for the next one.
     x.realize()
     x = ir.ExternKernel.require_channels_last(x)
-    n, _, *size = map(as_int, x.get_size())
+    size = [as_int(s) for s in x.get_size()[2:]]
     image_stride, channel_stride, row_stride, pixel_stride = map(as_int, x.get_stride())
     if channel_stride != 1 or not is_static(pixel_stride):
         raise Unsupported(f"strides {x.get_stride()} of the input")
@@ -106,17 +120,18 @@ def _lower_conv2d(
         pad_begin=(padding[0], padding[2]),
         dilation=(dilation[0], dilation[1]),
     )
-    shape = [n, *out_size, weight.out_channels]
-    if conv.is_flat(n):
-        out = weight.multiply(x, 1, _row_of_pixels(n * size[0] * size[1], pixel_stride), shape)
-    else:
-        out = weight.multiply(x, n, conv, shape)
-    return lowerings[torch.ops.aten.permute.default](out, [0, 3, 1, 2])
+    return x, conv
 
 
 def _row_of_pixels(pixels: Any, step: int) -> ConvGeometry:
     """A 1x1 convolution whose input pixels lie evenly spaced, whatever their images and rows."""
     return ConvGeometry((1, pixels), (1, pixels), (0, 0, step))
+
+
+def without_offset(bias: Any) -> Any:
+    """Contiguous, and a storage of its own if it is a view: kernels get the storage."""
+    bias = ir.ExternKernel.require_contiguous(bias)
+    return ir.ExternKernel.copy_input(bias) if bias.get_layout().offset != 0 else bias
 
 
 class _Weight:
@@ -137,10 +152,7 @@ class _Weight:
             tile_index,
         ]  # tiles may be computed
         if bias is not None:
-            bias = ir.ExternKernel.require_contiguous(bias)
-            # The kernel gets the storage of a view.
-            offset = bias.get_layout().offset
-            self.operands.append(ir.ExternKernel.copy_input(bias) if offset != 0 else bias)
+            self.operands.append(without_offset(bias))
         self.out_channels = out_channels
         _, steps, bh, *packed = values.get_size()
         self.pack = int(packed[0]) if packed else 1
@@ -164,7 +176,7 @@ class _Weight:
         self.in_channels = int(x.get_size()[channel_dim])
 
     def tile(self) -> RegisterTile:
-        tile = register_tile(self.block_shape, *_vectors(), self.pack, not _multiplies_bf16())
+        tile = register_tile(self.block_shape, *vectors_of_isa(), self.pack, not _multiplies_bf16())
         if tile is None:
             raise Unsupported(f"block height {self.block_shape[0]}")
         return replace(tile, pixels=min(tile.pixels, int(self.config.parameters.get("pixels", tile.pixels))))
@@ -242,7 +254,7 @@ class _Weight:
         return template.generate().output_node()
 
     def _pixel_tile(self) -> PixelTile:
-        lanes, registers = _vectors()
+        lanes, registers = vectors_of_isa()
         wanted = self.config.parameters.get("pixels")
         tiles = pixel_tiles(self.block_shape[0], lanes, registers)
         return max(
@@ -252,7 +264,7 @@ class _Weight:
         )
 
 
-def _vectors() -> tuple[int, int]:
+def vectors_of_isa() -> tuple[int, int]:
     """Floats of a vector, and number of registers, of the instructions that Inductor compiles for."""
     isa = pick_vec_isa()
     lanes = isa.nelements() if isa else 4
@@ -261,4 +273,4 @@ def _vectors() -> tuple[int, int]:
 
 def _multiplies_bf16() -> bool:
     """Whether those instructions multiply pairs of bf16 numbers (AVX512-BF16)."""
-    return _vectors()[0] == 16 and torch.cpu._is_avx512_bf16_supported()
+    return vectors_of_isa()[0] == 16 and torch.cpu._is_avx512_bf16_supported()

@@ -41,6 +41,8 @@ class BlockSparseTemplate(CppTemplate):
 
     source = "cpu_block_sparse.cpp.jinja"
     headers: tuple[str, ...] = ("block_sparse.h",)
+    operands: tuple[str, ...] = ("Values", "RowPtr", "TileIndex")
+    """Names of the inputs between the activations and the bias."""
 
     def __init__(
         self,
@@ -74,9 +76,8 @@ class BlockSparseTemplate(CppTemplate):
         *rows, channels = out.get_size()
         pixels = sympy.prod(rows)
         fused = FusedEpilogue.of(out, epilogue_nodes, flag_template_buffer_has_other_users)
-        x, values, row_ptr, tile_index, *bias = self.input_nodes
-        inputs = {"X": x, "Values": values, "RowPtr": row_ptr, "TileIndex": tile_index}
-        inputs.update(zip(("Bias",), bias, strict=False))
+        x = self.input_nodes[0]
+        inputs = dict(zip(("X", *self.operands, "Bias"), self.input_nodes, strict=False))
 
         def cexpr(size: Size) -> str:
             return cexpr_index(kernel.rename_indexing(sympy.sympify(size)))
@@ -101,7 +102,7 @@ class BlockSparseTemplate(CppTemplate):
             "pixels": pixels,
             "channels": int(channels),
             "block_rows": -(-int(channels) // self.block_shape[0]),
-            "has_bias": bool(bias),
+            "has_bias": "Bias" in inputs,
             "store": functools.partial(
                 self._store,
                 kernel,

@@ -58,8 +58,12 @@ def _best_linear_library() -> contextlib.AbstractContextManager[Any]:
     that are not Intel's, MKL runs at less than half of oneDNN's rate (measured on Zen 5: 210 against
     500 GFLOP/s).
     """
-    if not _mkl_is_slow():
+    if not (_mkl_is_slow() and torch.backends.mkldnn.is_available()):
         return contextlib.nullcontext()
+    # Inductor asks the same question when it registers what oneDNN's convolutions fuse, once per process.
+    from torch._inductor.fx_passes.mkldnn_fusion import _mkldnn_fusion_init
+
+    _mkldnn_fusion_init()
     return mock.patch.object(torch.ops.mkldnn, "_is_mkldnn_acl_supported", lambda: True)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from .. import ops as _ops  # noqa: F401  registers the operators
 from .. import training_ops as _training_ops  # noqa: F401
-from . import cpu_gradients, cpu_lowerings
+from . import cpu_depthwise, cpu_gradients, cpu_lowerings
 from .inductor_api import fallback_handler, has_triton_package, register_lowering
 from .lowering_errors import Unsupported
 
@@ -27,7 +27,7 @@ _HERE = Path(__file__).parent
 @functools.cache
 def register() -> None:
     """Registers the lowerings with Inductor, once."""
-    for name in ("conv", "linear", "weight_grad"):
+    for name in ("conv", "linear", "depthwise", "weight_grad"):
         op = getattr(torch.ops.blocksparse, name).default
         register_lowering(op, type_promotion_kind=None)(_lowering(op, f"lower_{name}"))
 
@@ -57,8 +57,8 @@ def _lowering(op: Any, name: str) -> Callable[..., Any]:
 def _family(device_type: str, name: str) -> Any:
     """The module with the lowerings for a device."""
     if device_type == "cpu":
-        return cpu_gradients if name == "lower_weight_grad" else cpu_lowerings
-    if device_type != "cuda":
+        return {"lower_weight_grad": cpu_gradients, "lower_depthwise": cpu_depthwise}.get(name, cpu_lowerings)
+    if device_type != "cuda" or name == "lower_depthwise":
         raise Unsupported(f"no kernels for {device_type}")
     if not has_triton_package():
         raise Unsupported("Triton is not installed (pip install triton)")

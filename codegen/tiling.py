@@ -87,6 +87,12 @@ def row_tiling(images: Size, conv: ConvGeometry, max_pixels: int) -> Tiling:
     return Tiling(segments, segment, ragged=ragged, border=_border(conv, segment))
 
 
+def even_segment(length: int, most: int) -> int:
+    """Pixels of a tile, at most `most`, along a row: a divisor of its length, if one is large enough."""
+    whole = [s for s in range(min(most, length), most // 2 - 1, -1) if s and length % s == 0]
+    return whole[0] if whole else _even_share(length, most)
+
+
 def _even_share(count: int, most: int) -> int:
     """The size of equal parts, none above `most`, that cover `count` with as few parts as possible."""
     parts = -(-count // most)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from .. import cost, cpu_spmm
+from ..depthwise import depthwise_pattern
 from ..devices import AnyDevice
 from ..devices import device as present_device
 from ..errors import LayerError, PlanError
@@ -106,6 +107,8 @@ def find_patterns(
             f"{int((~torch.isfinite(weight)).sum())} NaN or infinite values",
             "Find where training diverged, or load a good checkpoint.",
         )
+    if site.device.startswith("cpu") and (whole := depthwise_pattern(site)):
+        return whole
     canonical = swap_channels(weight, call.groups) if call.transposed else weight
     if len(shapes) > 1 and not _may_scatter(site, weight):
         shapes = [shape for shape in shapes if shape not in cpu_spmm.BLOCK_SHAPES]

@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .. import ops as _ops  # noqa: F401  registers the operators that are put into the graph
+from ..depthwise import DEPTHWISE
 from ..errors import PlanError
 from ..plan import Decision, Plan, Site
 from ..variants import VARIANTS, KernelConfig
@@ -59,23 +60,27 @@ def _lower(gm: GraphModule, call: LayerCall, decision: Decision, values: StaticV
     kernel = KernelConfig(decision.kernel, dict(decision.config)).encode(pattern)
     bias = call.bias if is_per_channel(call.bias, site) else None
     with gm.graph.inserting_before(call.node):
-        operands = (
-            _converted(gm, call.input, dtype),
-            set_constant(gm, "tiles", packed.values),
-            set_constant(gm, "row_ptr", packed.row_ptr),
-            set_constant(gm, "tile_index", packed.tile_index),
-            None if bias is None else _converted(gm, bias, dtype),
-            site.out_channels,
-        )
-        if not call.spatial_dims:
-            new = gm.graph.call_function(torch.ops.blocksparse.linear.default, (*operands, kernel))
+        x, tiles = _converted(gm, call.input, dtype), set_constant(gm, "tiles", packed.values)
+        added = None if bias is None else _converted(gm, bias, dtype)
+        padding = [p for pair in site.padding for p in pair]
+        geometry = (list(site.kernel_size), list(site.stride), padding, list(site.dilation))
+        last = is_channels_last(call.node)
+        ops, arguments = torch.ops.blocksparse, (*geometry, last, kernel)
+        if decision.kernel == DEPTHWISE.name:
+            new = gm.graph.call_function(ops.depthwise.default, (x, tiles, added, *arguments))
         else:
-            padding = [p for pair in site.padding for p in pair]
-            geometry = (list(site.kernel_size), list(site.stride), padding, list(site.dilation))
-            last = is_channels_last(call.node)
-            new = gm.graph.call_function(
-                torch.ops.blocksparse.conv.default, (*operands, *geometry, last, kernel)
+            operands = (
+                x,
+                tiles,
+                set_constant(gm, "row_ptr", packed.row_ptr),
+                set_constant(gm, "tile_index", packed.tile_index),
+                added,
+                site.out_channels,
             )
+            if call.spatial_dims:
+                new = gm.graph.call_function(ops.conv.default, (*operands, *arguments))
+            else:
+                new = gm.graph.call_function(ops.linear.default, (*operands, kernel))
         op = new
         if bias is not call.bias:
             assert call.bias is not None

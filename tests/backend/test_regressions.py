@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -275,3 +278,23 @@ def test_a_large_bias_does_not_round_the_products(block):
     fast = check(model, x, sparse=1)
     exact = copy.deepcopy(model).double()(x.double())
     assert (fast(x) - exact).abs().max() < 1.5 * 2**-18  # rounding a number near 100 once: 2 ** -18
+
+
+FUSED = """
+import torch
+from torch import nn
+from unittest import mock
+from blocksparse_compiler.codegen import inductor_api
+conv = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last)
+net, x = nn.Sequential(conv, nn.ReLU6()).eval(), torch.randn(1, 8, 9, 9)
+with torch.no_grad(), inductor_api.capture_sources() as sources:
+    with mock.patch.object(inductor_api, "_mkl_is_slow", lambda: True):
+        torch.compile(net, backend="blocksparse")(x.to(memory_format=torch.channels_last))
+assert "'hardtanh'" in "".join(sources), "dense convolutions lost what oneDNN fuses into them"
+"""
+
+
+def test_choosing_the_linear_library_leaves_fusion_alone(tmp_path):
+    """In a process of its own: Inductor registers what oneDNN fuses once."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", FUSED], env=environment, check=True, timeout=120)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import baselines, layers, masks, pictures, readme, report, shapes, timing, zoo
+from benchmarks.break_even import break_even, pointwise_sites
 from blocksparse_compiler import busy
 
 ROOT = Path(__file__).parents[2]
@@ -203,3 +204,22 @@ def test_readme_sections_are_rewritten_from_results(tmp_path: Path) -> None:
     assert "9.99" not in text
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter")
     assert readme.fill(text, tmp_path) == text
+
+
+@pytest.mark.parametrize(
+    "seconds, dense, expected",
+    [
+        ([9.0, 5.0, 3.0], 10.0, 1.0),  # pays even with every weight
+        ([9.0, 5.0, 3.0], 7.0, 0.75),
+        ([9.0, 5.0, 3.0], 4.0, 0.375),
+        ([9.0, 5.0, 3.0], 2.0, 0.0),  # never
+    ],
+)
+def test_break_even_is_where_the_times_cross(seconds: list[float], dense: float, expected: float) -> None:
+    assert break_even([1.0, 0.5, 0.25], seconds, dense) == pytest.approx(expected)
+
+
+def test_distinct_pointwise_layers_of_a_network() -> None:
+    sites = pointwise_sites("mobilenet_v1")
+    assert len(sites) == 9 and sites["512→512 @14x14"].out_channels == 512
+    assert all(site.input_shape[0] == 1 for site in sites.values())

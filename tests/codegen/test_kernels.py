@@ -151,6 +151,7 @@ def test_symbolic_image_and_row_sizes():
 def test_every_variant_of_the_table_is_tested():
     assert {name for name, variant in VARIANTS.items() if variant.device == "cpu"} == {
         "cpu_f32",
+        "cpu_f32_depthwise",
         "cpu_bf16",
         "cpu_amx_bf16",
         "cpu_f32_spmm",

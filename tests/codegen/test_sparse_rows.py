@@ -20,6 +20,7 @@ import blocksparse_compiler as bsc
 from blocksparse_compiler import BlockPattern, cost, trace
 from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM, pixel_tile, pixel_tiles
+from blocksparse_compiler.depthwise import DEPTHWISE
 from blocksparse_compiler.packing import unpack_weight
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
@@ -144,10 +145,17 @@ def test_tiles_fit_registers_and_whole_transposes(lanes, registers):
 
 
 def test_few_pixels_fill_one_tile():
-    assert pixel_tile(1, 49, 16, 32).pixels == 64
-    assert pixel_tile(1, 784, 16, 32, threads=2).pixels == 80
-    config = SPMM.configs(conv_site(kernel=1, size=7, batch=1), _full((256, 256, 1, 1)), FIXED)[0]
+    few, many = (conv_site(64, 64, kernel=1, size=size, batch=1) for size in (7, 28))
+    assert pixel_tile(1, few, FIXED, row_threads=2).pixels == 64
+    assert pixel_tile(1, many, FIXED).pixels == 80
+    config = SPMM.configs(few, _full((64, 64, 1, 1)), FIXED)[0]
     assert config == {"pixels": 64, "row_threads": 2}
+
+
+def test_single_weights_of_many_channels_keep_their_panel_in_l1():
+    wide = conv_site(512, 512, kernel=1, size=14, batch=1)
+    assert 4 * 512 * pixel_tile(1, wide, FIXED).pixels <= 1.5 * FIXED.l1_bytes_per_thread
+    assert pixel_tile(4, wide, FIXED).pixels > pixel_tile(1, wide, FIXED).pixels
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,7 @@ def test_single_weights_are_candidates_only_where_they_may_pay():
 
 
 def test_mobile_network():
-    """Pointwise layers run on single weights; the depthwise layer stays dense."""
+    """Pointwise layers run on single weights, and the depthwise layer on its own kernel."""
 
     def point(inputs, outputs):
         layer = nn.Conv2d(inputs, outputs, 1, bias=False)
@@ -227,4 +235,4 @@ def test_mobile_network():
         fast = torch.compile(net, backend="blocksparse", fullgraph=True, options={"dense": "never"})
         torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     for decisions in (plan, compiled_graphs()[-1].plan):
-        assert [d.kernel for d in decisions] == [SPMM.name, "dense", SPMM.name]
+        assert [d.kernel for d in decisions] == [SPMM.name, DEPTHWISE.name, SPMM.name]

@@ -27,7 +27,8 @@ def explanation():
 
 def test_every_layer_has_a_decision_and_a_reason(explanation):
     assert [d.site.name for d in explanation.plan] == ["0", "3", "4", "7"]
-    assert [d.is_dense for d in explanation.plan] == [False, True, False, True]
+    assert [d.is_block_sparse for d in explanation.plan] == [True, False, True, False]
+    assert explanation.plan["3"].kernel == "cpu_f32_depthwise"
     assert all(d.reason for d in explanation.plan)
     assert explanation.device is SPECS[DEVICE] and explanation.plan.device == DEVICE
 
@@ -45,7 +46,7 @@ def test_text_has_every_layer_and_the_total(explanation):
     for decision in explanation.plan:
         assert re.search(rf"│ {decision.site.name} +│", text)
     assert "2 of 4 layers block-sparse" in text
-    assert "depthwise convolution has one input" in text
+    assert "dense on its own kernel" in text
     assert "\x1b" not in text
     assert str(explanation.plan).splitlines()[1:] == text.splitlines()[2:]  # but for the title
 

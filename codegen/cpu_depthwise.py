@@ -1,0 +1,112 @@
+"""`blocksparse::depthwise` as a C++ kernel; its output is a matrix `[pixels, channels]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .cpu_lowerings import channels_last_conv, vectors_of_isa, without_offset
+from .cpu_template import BlockSparseTemplate
+from .epilogue import unroll
+from .inductor_api import ir, lowerings, parallel_num_threads
+from .lowering_errors import Unsupported
+from .tiling import ConvGeometry, Size, all_static, even_segment
+
+MOST_PIXELS = 8
+"""Of a register tile: as many sums as hide the latency of a multiply-add on two units."""
+
+
+def lower_depthwise(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    kernel: str,
+) -> Any:
+    operands = [weight] if bias is None else [weight, without_offset(bias)]
+    if x.get_device().type != "cpu" or any(t.get_dtype() != torch.float32 for t in (x, *operands)):
+        raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
+    x, conv = channels_last_conv(x, kernel_size, stride, padding, dilation)
+    n, channels = x.get_size()[0], int(x.get_size()[1])
+    lanes = min(16, vectors_of_isa()[0])
+    if channels < lanes or not all_static((*conv.input_size, *conv.input_strides[1:])):
+        raise Unsupported(f"{channels} channels of images {conv.input_size}")
+    nodes = [
+        ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in (x, *operands)
+    ]
+    for node in nodes:
+        node.freeze_layout()
+    layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, *conv.output_size, channels])
+    template = DepthwiseTemplate(nodes, layout, parallel_num_threads(), images=n, conv=conv, lanes=lanes)
+    out = template.generate().output_node()
+    return lowerings[torch.ops.aten.permute.default](out, [0, 3, 1, 2])
+
+
+class DepthwiseTemplate(BlockSparseTemplate):
+    """One depthwise convolution.
+
+    Args:
+        input_nodes: input, weight `[taps, channels]` and, optionally, bias.
+        lanes: channels of a vector.
+        Others as `BlockSparseTemplate`.
+    """
+
+    source = "cpu_f32_depthwise.cpp.jinja"
+    headers = ("block_sparse.h", "depthwise_f32.h")
+    operands = ("Weight",)
+
+    def __init__(
+        self, input_nodes: Any, layout: Any, num_threads: int, *, images: Size, conv: ConvGeometry, lanes: int
+    ) -> None:
+        super(BlockSparseTemplate, self).__init__("depthwise", input_nodes, layout, num_threads)
+        self.images, self.conv, self.lanes = images, conv, lanes
+        self.segment = even_segment(int(conv.output_size[1]), MOST_PIXELS)
+        self.block_shape, self.flush, self.bias_first = (lanes, 1), 0, True
+
+    def _tile_options(self) -> dict[str, Any]:
+        return {"lanes": self.lanes, "segment": self.segment}
+
+    def _conv_options(self) -> dict[str, Any]:
+        g = self.conv
+        image_stride, row_stride, pitch = g.input_strides
+        (kh, kw), (oh, ow) = g.kernel_size, g.output_size
+        reach = (kw - 1) * g.dilation[1] - g.pad_begin[1]
+        last = (-(-ow // self.segment) - 1) * self.segment  # first pixel behind the tiles in the middle
+        return {
+            "kh": kh,
+            "kw": kw,
+            "images": self.images,
+            "oh": oh,
+            "ow": ow,
+            "image_stride": image_stride,
+            "pitch": pitch,
+            "stride_h": g.stride[0],
+            "stride_w": g.stride[1],
+            "pad_top": g.pad_begin[0],
+            "pad_left": g.pad_begin[1],
+            "dilation_w": g.dilation[1],
+            "geometry": (*g.input_size, row_stride, pitch, *g.stride, *g.pad_begin, *g.dilation),
+            "inside": self.segment * g.stride[1] >= g.pad_begin[1]
+            and (last - 1) * g.stride[1] + reach < g.input_size[1],
+        }
+
+    def _store(
+        self,
+        kernel: Any,
+        matrix: Any,
+        raw: Any,
+        nodes: list[Any],
+        reindexers: list[Callable[..., Any]],
+        row: str = "0",
+    ) -> str:
+        """C++ that runs the epilogue on `acc`: pixels from `m_start` on, channels from `c_start` on."""
+        part = [("m_start", f"m_start + {self.segment}"), ("c_start", f"c_start + {self.lanes}")]
+        target, source = kernel.slice_nd(matrix, part), kernel.local_buffers["acc"]
+        offsets = ("m_start", "c_start")
+        return unroll(kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers))
