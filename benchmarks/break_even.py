@@ -10,9 +10,10 @@ Times must fall with the share that is kept: `monotone` says whether they do, wi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -29,6 +30,7 @@ from .timing import keep_freed_memory
 
 DENSITIES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 NOISE = 1.03
+Call = Callable[[], Any]
 SHOWN = ("shape", "block", "dense us", *(f"{d:.0%}" for d in DENSITIES), "break-even", "planned", "monotone")
 
 
@@ -51,15 +53,22 @@ def scattered(site: Site, height: int, density: float) -> BlockPattern:
     return full.with_kept(draw < density)
 
 
-def measure(label: str, site: Site, height: int, device: Any, seconds: float) -> dict[str, Any]:
-    """One row of the results."""
-    calls: dict[str, Any] = {"empty": tune.call_cost()}
+def compiled(site: Site, height: int, device: Any) -> dict[str, Call]:
+    """The layer dense, and at each density; and a graph that does nothing."""
+    calls: dict[str, Call] = {"empty": tune.call_cost()}
     for density in (None, *DENSITIES):
         pattern = None if density is None else scattered(site, height, density)
         kernel = DENSE if pattern is None else SPMM.name
         config = {} if pattern is None else SPMM.configs(site, pattern, device)[0]
         run, x = tune.compile_candidate(site, pattern, kernel, config)
-        calls[kernel if density is None else f"{density}"] = lambda run=run, x=x: run(x)
+        calls[kernel if density is None else f"{density}"] = functools.partial(run, x)
+    return calls
+
+
+def measure(
+    label: str, site: Site, height: int, device: Any, calls: dict[str, Call], seconds: float
+) -> dict[str, Any]:
+    """One row of the results."""
     times = tune.interleave(calls, seconds)
     net = {name: max(t.median - times["empty"].median, 1e-7) for name, t in times.items()}
     ours = [net[f"{d}"] for d in DENSITIES]
@@ -111,13 +120,16 @@ def run(
     device = devices.device("cpu")
     sites = {label: site for m in model for label, site in pointwise_sites(m).items()}
     work = list(itertools.product(sites.items(), height))
-    rows: list[dict[str, Any]] = []
     with torch.no_grad(), report.progress() as bar:
-        task = bar.add_task("shapes", total=len(work))
-        for (label, site), rows_high in work:
-            bar.update(task, description=f"{label}, {rows_high}x1")
-            rows.append(measure(label, site, rows_high, device, seconds))
+        task = bar.add_task("compiling", total=len(work))
+        builds = []
+        for (_, site), tall in work:
+            builds.append(compiled(site, tall, device))
             bar.advance(task)
+        rows = [
+            measure(label, site, tall, device, calls, seconds)
+            for ((label, site), tall), calls in zip(work, builds, strict=True)
+        ]
     print_rows(rows)
     if merge:
         rows = report.merge(report.path_of(name), rows, ("shape", "block"))

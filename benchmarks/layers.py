@@ -2,6 +2,7 @@
 
     python -m benchmarks.layers                       # everything: 12 shapes x 2 batches x 3 blocks
     python -m benchmarks.layers --batch 8 --block 32x32 --density 0.5 --shape 3x3
+    python -m benchmarks.layers --dtype bfloat16
     python -m benchmarks.layers --device cuda         # on a GPU, with options of its own: see gpu_layers
 
 Each case times the layer (with and without a ReLU) compiled by `backend="blocksparse"`, once as the cost
@@ -47,6 +48,7 @@ class Case:
     batch: int
     block: str
     epilogue: str
+    dtype: str = "float32"
 
 
 def sparse_copy(layer: nn.Module, block_shape: tuple[int, int], density: float) -> nn.Module:
@@ -63,8 +65,11 @@ def measure(
     torch._dynamo.reset()
     torch.manual_seed(0)
     block_shape = BLOCKS[case.block]
-    layers = [case.shape.layer().eval().to(memory_format=torch.channels_last) for _ in range(copies)]
-    x = case.shape.input(case.batch)
+    dtype = report.dtype_of(case.dtype)
+    layers = [
+        case.shape.layer().eval().to(dtype=dtype, memory_format=torch.channels_last) for _ in range(copies)
+    ]
+    x = case.shape.input(case.batch).to(dtype)
     relu = case.epilogue == "relu"
 
     calls = _dense_calls(layers, x, relu)
@@ -82,7 +87,7 @@ def measure(
 
     timings = {name: t.to_json(copies) for name, t in interleave(calls, budget=budget).items()}
     dense = {name: timings[name] for name in dense_names}
-    others = engine_calls(Several(layers, relu), x) if engines else {}
+    others = engine_calls(Several(layers, relu), x) if engines and dtype == torch.float32 else {}
     other_timings = interleave(others, budget=budget / 2) if others else {}
     for density in densities:
         prefix = f"{density}/"
@@ -95,6 +100,7 @@ def measure(
             "block": case.block,
             "epilogue": case.epilogue,
             "density": density,
+            "dtype": case.dtype,
             "kept": ours[density].density,
             "kernel": ours[density].kernel,
             "dense": dense,
@@ -131,15 +137,17 @@ def check(ours: Ours, layers: Sequence[nn.Module], x: Tensor, relu: bool) -> dic
     return {"error": worst, "dense_error": floor}
 
 
-def all_cases(batches: list[int], blocks: list[str], epilogues: list[str], linear: bool) -> Iterator[Case]:
+def all_cases(
+    batches: list[int], blocks: list[str], epilogues: list[str], linear: bool, dtype: str = "float32"
+) -> Iterator[Case]:
     """Convolutions in every combination, without ReLU for the first block only; linear layers at the last
     batch, because torch's block-sparse product takes seconds at larger ones."""
     for shape, batch, block, epilogue in itertools.product(CONVOLUTIONS, batches, blocks, epilogues):
         if epilogue == "relu" or block == blocks[0]:
-            yield Case(shape, batch, block, epilogue)
+            yield Case(shape, batch, block, epilogue, dtype)
     if linear:
         for linear_shape, block in itertools.product(LINEARS, blocks):
-            yield Case(linear_shape, batches[-1], block, "none")
+            yield Case(linear_shape, batches[-1], block, "none", dtype)
 
 
 def run(
@@ -149,15 +157,19 @@ def run(
     epilogue: Annotated[list[str], typer.Option(help="relu, none.")] = list(EPILOGUES),  # noqa: B006
     shape: Annotated[str, typer.Option(help="Only shapes whose name contains this.")] = "",
     linear: Annotated[bool, typer.Option(help="Also BERT's linear layers.")] = True,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: float32, bfloat16.")] = "float32",
     copies: Annotated[int, typer.Option(help="Layers of one shape per call; more at batch 1.")] = 4,
     threads: Annotated[int, typer.Option(help="0: as many as torch takes by itself.")] = 0,
     engines: Annotated[bool, typer.Option(help="Also ONNX Runtime and OpenVINO.")] = True,
     budget: Annotated[float, typer.Option(help="Seconds of timing per group.")] = 0.3,
     merge: Annotated[bool, typer.Option(help="Keep the other rows of an existing results file.")] = False,
-    name: Annotated[str, typer.Option(help="Results are written as <name>.json and .png.")] = "layers",
+    name: Annotated[
+        str, typer.Option(help="Results are written as <name>.json and .png; default by dtype.")
+    ] = "",
 ) -> None:
     """Layer by layer against the strongest dense baseline."""
-    cases = [case for case in all_cases(batch, block, epilogue, linear) if shape in str(case.shape)]
+    name = name or report.with_dtype("layers", dtype)
+    cases = [case for case in all_cases(batch, block, epilogue, linear, dtype) if shape in str(case.shape)]
     keep_freed_memory()
     all_threads = torch.get_num_threads()
     torch.set_num_threads(threads or all_threads)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.models
     python -m benchmarks.models --model resnet50 --batch 8 --keep DBSR-B
+    python -m benchmarks.models --dtype bfloat16
     python -m benchmarks.models --device cuda         # on a GPU, with options of its own: see gpu_models
 
 Weights are random, and so are the block masks. `DBSR-A` and `DBSR-B` keep the share of ResNet-50's
@@ -44,10 +45,13 @@ DENSE_BUILDS = (
 )
 
 
-def pruned(name: str, keep: str, block_shape: tuple[int, int]) -> tuple[zoo.Network, float]:
+def pruned(
+    name: str, keep: str, block_shape: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> tuple[zoo.Network, float]:
     """The network with its mask applied, and the share of its parameters that is left."""
     torch.manual_seed(0)
     network = zoo.NETWORKS[name]()
+    network.model.to(dtype)
     if keep in DBSR_FRACTIONS:
         return network, zoo.prune_to_fraction(network.model, block_shape, DBSR_FRACTIONS[keep])
     return network, zoo.prune(network.model, block_shape, float(keep))
@@ -64,18 +68,25 @@ def dense_builds(network: zoo.Network, x: Tensor) -> dict[str, Callable[[Tensor]
 
 
 def measure(
-    name: str, batch: int, keeps: tuple[str, ...], block_shape: tuple[int, int], budget: float
+    name: str,
+    batch: int,
+    keeps: tuple[str, ...],
+    block_shape: tuple[int, int],
+    budget: float,
+    dtype: str = "float32",
 ) -> Iterator[dict[str, Any]]:
     """One row per mask; every mask and every dense build take turns."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    network = zoo.NETWORKS[name]()
+    network, number = zoo.NETWORKS[name](), report.dtype_of(dtype)
+    network.model.to(number)
     x = network.input(batch)
+    x = x.to(number) if x.is_floating_point() else x
     builds = dense_builds(network, x)
     dense_names = list(builds)
     facts: dict[str, dict[str, Any]] = {}
     for keep in keeps:
-        sparse, kept = pruned(name, keep, block_shape)
+        sparse, kept = pruned(name, keep, block_shape, number)
         fast = baselines.compiled(sparse.forward, backend="blocksparse")
         facts[keep] = {"kept": kept, **check(fast, sparse, x), **kernels(newest_plan())}
         builds[keep] = fast
@@ -87,6 +98,7 @@ def measure(
             "model": name,
             "batch": batch,
             "keep": keep,
+            "dtype": dtype,
             "block": "x".join(map(str, block_shape)),
             "dense": dense,
             "best_dense": report.best(dense),
@@ -119,7 +131,7 @@ def kernels(plan: Plan) -> dict[str, int]:
 
 
 def print_models(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="whole models, fp32: fastest dense build against ours")
+    table = Table(title="whole models: fastest dense build against ours")
     for column in ("model", "batch", "mask", "parameters kept", "dense ms", "ours ms", "speed-up"):
         table.add_column(column, justify="left" if column in ("model", "mask") else "right")
     for r in rows:
@@ -135,12 +147,16 @@ def run(
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [8, 1],  # noqa: B006
     keep: Annotated[list[str], typer.Option(help="DBSR-A, DBSR-B or a density; default per model.")] = [],  # noqa: B006
     block: Annotated[int, typer.Option(help="Edge of the square blocks.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: float32, bfloat16.")] = "float32",
     budget: Annotated[float, typer.Option(help="Seconds of timing per model and batch.")] = 8.0,
     merge: Annotated[bool, typer.Option(help="Keep the other rows of an existing results file.")] = False,
-    name: Annotated[str, typer.Option(help="Results are written as <name>.json and .png.")] = "models",
+    name: Annotated[
+        str, typer.Option(help="Results are written as <name>.json and .png; default by dtype.")
+    ] = "",
 ) -> None:
     """Whole networks against the strongest dense baseline."""
     keep_freed_memory()
+    name = name or report.with_dtype("models", dtype)
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), report.progress() as bar:
         task = bar.add_task("models", total=len(model) * len(batch))
@@ -148,7 +164,7 @@ def run(
             for size in batch:
                 bar.update(task, description=f"{network}, batch {size}")
                 rows += measure(
-                    network, size, tuple(keep) or PARTS.get(network, ("0.5",)), (block, block), budget
+                    network, size, tuple(keep) or PARTS.get(network, ("0.5",)), (block, block), budget, dtype
                 )
                 bar.advance(task)
     print_models(rows)

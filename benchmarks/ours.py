@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse_compiler import BlockPattern, Plan
+from blocksparse_compiler import BlockPattern, Plan, cost
 from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.devices import device
 from blocksparse_compiler.pattern import BlockShape
-from blocksparse_compiler.variants import VARIANTS
 
 from . import baselines
 from .timing import Call
@@ -41,13 +40,13 @@ def compile_layers(layers: Sequence[nn.Module], x: Tensor, relu: bool, block_sha
 
 def forced(plan: Plan, layers: Sequence[nn.Module], block_shape: BlockShape) -> Plan:
     """Every layer on the sparse kernel in these blocks, even a layer without a zero."""
-    variant = VARIANTS["cpu_f32"]
     decisions = []
     for decision, layer in zip(plan, layers, strict=True):
         assert isinstance(layer.weight, Tensor)
         pattern = BlockPattern.from_weight(layer.weight, block_shape)
-        config = variant.configs(decision.site, pattern, device())[0]
-        decisions.append(replace(decision, kernel=variant.name, pattern=pattern, config=config))
+        best = cost.candidates(decision.site, [pattern], device())[0][0]
+        config = cost.best_config(decision.site, best, device())
+        decisions.append(replace(decision, kernel=best.variant, pattern=pattern, config=config))
     return replace(plan, decisions=tuple(decisions))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -25,6 +26,23 @@ def asks_for_gpu(arguments: Sequence[str]) -> bool:
     named = [b for a, b in itertools.pairwise(arguments) if a == "--device"]
     named += [a.removeprefix("--device=") for a in arguments if a.startswith("--device=")]
     return any(device != "cpu" for device in named)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A floating-point dtype by its name, `bfloat16`.
+
+    Raises:
+        typer.BadParameter: for anything else.
+    """
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise typer.BadParameter(f"expected a floating-point dtype of torch, such as bfloat16, got {name!r}")
+    return found
+
+
+def with_dtype(name: str, dtype: str) -> str:
+    """Name of the results of this dtype: `layers`, `layers_bfloat16`."""
+    return name if dtype == "float32" else f"{name}_{dtype}"
 
 
 def progress() -> Progress:

@@ -68,4 +68,5 @@ AMX = AmxVariant(
     dtypes=("bfloat16",),
     ops=("linear", "conv1d", "conv2d"),
     weight_layout=INPUT_PAIRS,
+    stand_in="cpu_bf16",
 )

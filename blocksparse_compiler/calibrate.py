@@ -38,6 +38,12 @@ _EMPTY = "empty"
 SECONDS = 0.6
 _MAX_UNREST = 1.4  # median over minimum of a layer's times
 
+PEAKS = {
+    "dense": "peak_fp32_flops_per_second_per_thread",
+    "dense_bf16": "peak_bf16_flops_per_second_per_thread",
+}
+"""The peaks that are measured, by the prefix of torch's efficiencies."""
+
 # Figures outside these factors of the defaults are taken for a disturbed measurement and cut off.
 _TRUST = 4.0
 _TRUST_BANDWIDTH = 2.5
@@ -77,6 +83,19 @@ DENSE_LAYERS: Mapping[str, Site] = {
     "dense/grouped": _conv(256, 3, 28, groups=32),
     "dense/depthwise": _conv(256, 3, 28, groups=256),
 }
+LOW_PRECISION = ("spatial", "pointwise", "linear", "few_rows")
+"""The classes that are measured in bf16, too."""
+
+
+def dense_layers(spec: DeviceSpec) -> dict[str, Site]:
+    """A layer for every efficiency of torch's operators; those in bf16 by the instructions they run on."""
+    layers = dict(DENSE_LAYERS)
+    for kind in LOW_PRECISION:
+        prefix, _ = roofline.dense_instructions("bfloat16", kind, spec)
+        layers[f"{prefix}/{kind}"] = replace(DENSE_LAYERS[f"dense/{kind}"], dtype="bfloat16")
+    return layers
+
+
 SPARSE_LAYERS: Mapping[str, Site] = {
     "spatial": _conv(256, 3, 14),
     "pointwise": _conv(512, 1, 28),
@@ -137,7 +156,7 @@ def measure_host(*, thorough: bool = False, seconds: float = SECONDS) -> DeviceS
     """Measures this machine and stores the result.
 
     Args:
-        thorough: compile and measure our kernels too (nine C++ compilations).
+        thorough: compile and measure our kernels too (nine C++ compilations for each dtype).
         seconds: time to spend on measuring dense layers; as much again on ours.
 
     Raises:
@@ -146,7 +165,7 @@ def measure_host(*, thorough: bool = False, seconds: float = SECONDS) -> DeviceS
     spec = DeviceSpec.host()
     with _progress("measuring this machine and our kernels" if thorough else "measuring this machine, once"):
         ours = sparse_layers(spec) if thorough else {}
-        dense = {name: Layer(site) for name, site in {**DENSE_LAYERS, **_CALLS}.items()}
+        dense = {name: Layer(site) for name, site in {**dense_layers(spec), **_CALLS}.items()}
         times = _measure({**dense, **ours}, seconds)
         measured = spec.with_figures(SOURCE, **_bandwidths(spec, seconds / 4), **dense_figures(spec, times))
         if thorough:
@@ -195,22 +214,24 @@ def _progress(text: str) -> Iterator[None]:
 
 
 def dense_figures(spec: DeviceSpec, times: Mapping[str, float]) -> dict[str, Any]:
-    """Peak, dense efficiencies and call overheads of this machine, as `DeviceSpec` fields.
+    """Peaks, dense efficiencies and call overheads of this machine, as `DeviceSpec` fields.
 
-    The peak is the one at which torch's ungrouped convolutions reach the default fractions, so that the
-    default fractions of our kernels keep their ratio to it.
+    A peak is the one at which torch's ungrouped convolutions reach the default fractions, so that the
+    default fractions of our kernels keep their ratio to it. That of AMX stays as it is.
     """
     figures: dict[str, Any] = {name: _trusted(times[name], getattr(spec, name)) for name in _CALLS}
     rates = {}
-    for name, site in DENSE_LAYERS.items():
+    for name, site in dense_layers(spec).items():
         overhead = figures[f"dense_{'linear' if site.op == 'linear' else 'conv'}_call_seconds"]
         flops = cost.value(cost.dense_cost(site, spec).flops)
-        rates[name] = flops / max(times[name] - overhead, times[name] / 4)
-    convs = ("dense/spatial", "dense/pointwise")
-    peak = statistics.geometric_mean(rates[name] / spec.efficiency[name] for name in convs) / spec.threads
-    peak = _trusted(peak, spec.peak_fp32_flops_per_second_per_thread)
-    figures["peak_fp32_flops_per_second_per_thread"] = peak
-    figures["efficiency"] = {name: _fraction(rate / peak / spec.threads) for name, rate in rates.items()}
+        rates[name] = flops / max(times[name] - overhead, times[name] / 4) / spec.threads
+    peaks = {"dense_amx": spec.peak_amx_flops_per_second_per_thread}
+    for prefix, peak_name in PEAKS.items():
+        convs = [f"{prefix}/{kind}" for kind in ("spatial", "pointwise")]
+        if set(convs) <= set(rates):
+            peak = statistics.geometric_mean(rates[name] / spec.efficiency[name] for name in convs)
+            figures[peak_name] = peaks[prefix] = _trusted(peak, getattr(spec, peak_name))
+    figures["efficiency"] = {name: _fraction(r / peaks[name.split("/")[0]]) for name, r in rates.items()}
     return figures
 
 
@@ -255,12 +276,13 @@ def sparse_layers(spec: DeviceSpec) -> dict[str, Layer]:
     """A layer for every `DeviceSpec.efficiency` entry of our CPU kernels."""
     layers = {}
     for name, variant in _cpu_variants().items():
-        for kind, site in SPARSE_LAYERS.items():
+        for kind, fp32_site in SPARSE_LAYERS.items():
+            site = replace(fp32_site, dtype=variant.dtypes[0])
             for block in _BLOCKS:
                 pattern = checkerboard(site, block)
-                if variant.device == "cpu" and variant.unsupported(site, pattern) is None:
-                    config = next(iter(variant.configs(site, pattern, spec)), {})
-                    layers[f"{name}/{block}x{block}/{kind}"] = Layer(site, pattern, name, config)
+                configs = [] if variant.unsupported(site, pattern) else variant.configs(site, pattern, spec)
+                if configs:
+                    layers[f"{name}/{block}x{block}/{kind}"] = Layer(site, pattern, name, configs[0])
     return layers
 
 
@@ -269,17 +291,30 @@ def with_sparse_efficiencies(
 ) -> DeviceSpec:
     """`spec` with the efficiencies that explain these times.
 
-    Where one is above 1, the peak was taken too low: all become fractions of a higher one.
+    Where one is above 1, the peak was taken too low: all of its fractions become those of a higher one.
     """
     ours = {
-        name: fit_efficiency(layer.site, layer.pattern, spec, times[name])
+        name: fit_efficiency(layer.site, layer.pattern, spec, times[name], layer.kernel)
         for name, layer in layers.items()
         if layer.pattern is not None
     }
-    scale = max(1.0, *ours.values())
-    peak = spec.peak_fp32_flops_per_second_per_thread * scale
-    everything = {name: _fraction(fraction / scale) for name, fraction in {**spec.efficiency, **ours}.items()}
-    return spec.with_figures(SOURCE, peak_fp32_flops_per_second_per_thread=peak, efficiency=everything)
+    scales = {
+        peak: max((1.0, *(f for name, f in ours.items() if _peak_of(name) == peak)))
+        for peak in PEAKS.values()
+    }
+    fractions = {
+        name: _fraction(fraction / scales.get(_peak_of(name), 1.0))
+        for name, fraction in {**spec.efficiency, **ours}.items()
+    }
+    peaks = {peak: getattr(spec, peak) * scale for peak, scale in scales.items()}
+    return spec.with_figures(SOURCE, efficiency=fractions, **peaks)
+
+
+def _peak_of(name: str) -> str:
+    """The figure that an efficiency is a fraction of."""
+    kernel = name.partition("/")[0]
+    kind = "amx" if "amx" in kernel else "bf16" if "bf16" in kernel else "fp32"
+    return f"peak_{kind}_flops_per_second_per_thread"
 
 
 def checkerboard(site: Site, block: int) -> BlockPattern:
@@ -291,12 +326,15 @@ def checkerboard(site: Site, block: int) -> BlockPattern:
     return full.with_kept(index % 2 == 0)
 
 
-def fit_efficiency(site: Site, pattern: BlockPattern, spec: DeviceSpec, seconds: float) -> float:
+def fit_efficiency(
+    site: Site, pattern: BlockPattern, spec: DeviceSpec, seconds: float, variant: str = ""
+) -> float:
     """The efficiency at which `cost.sparse_cost` predicts `seconds` for this layer."""
     kind = cost.geometry(site)
     bh, bw = pattern.block_shape
-    ideal = replace(spec, efficiency={**spec.efficiency, f"{bh}x{bw}/{kind}": 1.0})
-    record = cost.sparse_cost(site, pattern, ideal)
+    names = (f"{bh}x{bw}/{kind}", f"{variant}/{bh}x{bw}/{kind}")
+    ideal = replace(spec, efficiency={**spec.efficiency, **dict.fromkeys(names, 1.0)})
+    record = cost.sparse_cost(site, pattern, ideal, variant)
     epilogue = cost.value(roofline.epilogue_seconds(site, pattern.block_shape, spec))
     work = cost.value(record.compute_seconds) - epilogue
     exposed = (1 - cost.OVERLAP) * cost.value(record.memory_seconds)  # these layers are bound by compute

@@ -22,9 +22,14 @@ Low columns have a kernel of their own, with vectors along pixels."""
 
 
 def merged(block_shape: BlockShape, dtype: str) -> BlockShape:
-    """The tile of a kernel for zero blocks of this shape: in bf16, where input channels are multiplied in
-    pairs, two blocks of an odd width make one tile."""
+    """The tile of a kernel for zero blocks of this shape.
+
+    In bf16, where input channels are multiplied in pairs, two blocks of an odd width make one tile. In fp32,
+    low and wide blocks split into columns: vectors along pixels need no width.
+    """
     height, width = block_shape
+    if dtype == "float32" and height in (1, 2):
+        return height, 1
     return (height, 2 * width) if dtype == "bfloat16" and width % 2 else block_shape
 
 
@@ -60,7 +65,12 @@ class RegisterTile:
 
 
 def register_tile(
-    block_shape: BlockShape, lanes: int, registers: int, pack: int = 1, unpacked: bool = False
+    block_shape: BlockShape,
+    lanes: int,
+    registers: int,
+    pack: int = 1,
+    unpacked: bool = False,
+    splits: bool = True,
 ) -> RegisterTile | None:
     """The register tile for blocks `(bh, bw)` on vectors of `lanes` floats; None if there is none.
 
@@ -71,13 +81,14 @@ def register_tile(
     Args:
         pack: input channels in a lane of weights; `bw` must be a multiple.
         unpacked: no instruction multiplies packed lanes: each part takes a register of its own.
+        splits: whether low blocks may share a vector between input channels.
     """
     bh, bw = block_shape
     if bw % pack:
         return None
     parts = pack if unpacked else 1
     split = lanes // bh
-    if lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % (split * pack) == 0:
+    if splits and lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % (split * pack) == 0:
         return RegisterTile(min(28, registers - 2 - 2 * parts), 1, lanes, split, pack)
     while lanes >= 4 and bh % lanes:
         lanes //= 2
@@ -90,10 +101,25 @@ def register_tile(
     return RegisterTile(min(28, pixels), vectors, lanes, pack=pack)
 
 
-def device_tile(block_shape: BlockShape, device: DeviceSpec, pack: int) -> RegisterTile | None:
-    """The register tile on this device."""
-    machine = (device.vector_lanes, device.vector_registers)
-    return register_tile(block_shape, *machine, pack, unpacked=not device.multiplies_bf16)
+def dtype_tile(
+    dtype: str, block_shape: BlockShape, lanes: int, registers: int, multiplies_bf16: bool
+) -> RegisterTile | None:
+    """The register tile for weights and activations of this dtype."""
+    pairs = dtype == "bfloat16"
+    return register_tile(
+        block_shape,
+        lanes,
+        registers,
+        pack=2 if pairs else 1,
+        unpacked=pairs and not multiplies_bf16,
+        splits=dtype != "float16",
+    )
+
+
+def device_tile(dtype: str, block_shape: BlockShape, device: DeviceSpec) -> RegisterTile | None:
+    """The same on this device."""
+    machine = (device.vector_lanes, device.vector_registers, device.multiplies_bf16)
+    return dtype_tile(dtype, block_shape, *machine)
 
 
 def item_bytes(site: Site) -> int:
@@ -123,7 +149,7 @@ class CpuVariant(KernelVariant):
         return None
 
     def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
-        return cpu_configs(site, pattern, device, self.width_multiple)
+        return cpu_configs(site, pattern, device)
 
     def describe(
         self, site: Site, pattern: BlockPattern, device: DeviceSpec, config: Mapping[str, Any]
@@ -149,14 +175,14 @@ FEW_TILES = 8
 """So many register tiles, or fewer, pass through a block row together: they read its weights once."""
 
 
-def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec, pack: int = 1) -> list[Parameters]:
+def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
     """Candidate parameters of the CPU kernels, best guess first.
 
     `chunk`: pixel tiles that pass through all block rows together. `row_threads`: threads that share the
     block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
     `prefetch`: `"output"` asks for the lines of an output tile before its sums are computed.
     """
-    full = device_tile(pattern.block_shape, device, pack)
+    full = device_tile(site.dtype, pattern.block_shape, device)
     if full is None:
         return []
     pointwise = math.prod(pattern.kernel_size) == 1
@@ -275,5 +301,12 @@ CPU_VARIANTS = (
         weight_layout=INPUT_PAIRS,
         block_multiple=4,
         width_multiple=2,
+    ),
+    CpuVariant(
+        name="cpu_f16",
+        device="cpu",
+        dtypes=("float16",),
+        ops=("linear", "conv1d", "conv2d"),
+        block_multiple=4,
     ),
 )

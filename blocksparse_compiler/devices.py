@@ -45,8 +45,9 @@ class DeviceSpec(Figures):
         sparse_call_seconds: fixed cost of one generated kernel.
         epilogue_seconds_per_vector: bias, activation and store of one vector of outputs, on one thread.
         efficiency: fraction of peak that kernels reach away from memory limits, by
-            `"dense/<geometry>"`, `"dense_amx/<geometry>"` (of AMX's peak) and `"<bh>x<bw>/<geometry>"`
-            (optionally `"<variant>/<bh>x<bw>/…"`); see `cost.geometry` for the geometry names.
+            `"dense/<geometry>"`, `"dense_bf16/…"` and `"dense_amx/…"` (of those peaks), and
+            `"<bh>x<bw>/<geometry>"` (optionally `"<variant>/<bh>x<bw>/…"`); see `cost.geometry` for the
+            geometry names.
         sources: where the figures come from, by field name; `"efficiency <name>"` for single fractions.
     """
 
@@ -84,7 +85,7 @@ class DeviceSpec(Figures):
     @property
     def summary(self) -> str:
         """What kind of machine it is, in a few words."""
-        return f"{self.threads} threads, {self.isa}"
+        return f"{self.threads} threads, {self.isa}{' with AMX' if self.has_amx else ''}"
 
     @property
     def vector_lanes(self) -> int:
@@ -181,6 +182,28 @@ _EFFICIENCY = {
     "8x8/spatial": 0.78,
     "8x8/pointwise": 0.43,
     "8x8/linear": 0.41,
+    "dense_bf16/spatial": 0.98,
+    "dense_bf16/pointwise": 0.93,
+    "dense_bf16/linear": 0.88,
+    "dense_bf16/few_rows": 0.35,
+    "cpu_bf16/32x32/spatial": 0.98,
+    "cpu_bf16/32x32/pointwise": 0.96,
+    "cpu_bf16/32x32/linear": 0.92,
+    "cpu_bf16/16x16/spatial": 0.90,
+    "cpu_bf16/16x16/pointwise": 0.80,
+    "cpu_bf16/16x16/linear": 0.78,
+    "cpu_bf16/8x8/spatial": 0.72,
+    "cpu_bf16/8x8/pointwise": 0.64,
+    "cpu_bf16/8x8/linear": 0.62,
+    "dense_f16/spatial": 0.06,
+    "dense_f16/pointwise": 0.05,
+    "dense_f16/linear": 0.11,
+    "dense_f16/few_rows": 0.05,
+    **{
+        f"cpu_f16/{block}x{block}/{kind}": fraction
+        for block, fraction in ((32, 0.6), (16, 0.45), (8, 0.2))
+        for kind in ("spatial", "pointwise", "linear")
+    },
 }
 # The same, restricted to AVX2 (ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2).
 _EFFICIENCY_AVX2 = {
@@ -217,7 +240,7 @@ _AVX512_2CORE = DeviceSpec(
     vector_bits=512,
     vector_registers=32,
     peak_fp32_flops_per_second_per_thread=268e9,
-    peak_bf16_flops_per_second_per_thread=570e9,
+    peak_bf16_flops_per_second_per_thread=600e9,
     l1_bytes_per_thread=48 * KIB,
     l2_bytes_per_thread=1 * MIB,
     l3_bytes=32 * MIB,

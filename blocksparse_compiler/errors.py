@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class BlockSparseError(ValueError):
     """Bad input. The message names the layer (or object), the expectation, the finding and the remedy.
@@ -36,3 +38,11 @@ class PlanError(BlockSparseError):
 
 class StaleWeightError(RuntimeError):
     """A weight changed after compilation and recompiling is not possible."""
+
+
+def check_number(where: str, option: str, value: object, *, fix: str, share: bool = False) -> None:
+    """Raises `OptionError` unless `value` is a finite number >= 0; if a share, unless it is in (0, 1]."""
+    number = isinstance(value, int | float) and math.isfinite(value)
+    if not number or not (0 < value <= 1 if share else value >= 0):  # type: ignore[operator]
+        expected = f"{option} in (0, 1]" if share else f"a finite {option} >= 0"
+        raise OptionError(where, expected, repr(value), fix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class BlockGate(nn.Module):
 
     name: ClassVar[str] = ""
     per_tap: ClassVar[bool] = False  # whether the blocks of each tap may be told apart
+    held: Tensor | None
 
     def __init__(
         self,
@@ -37,6 +38,45 @@ class BlockGate(nn.Module):
         super().__init__()
         self.block_shape, self.groups, self.transposed = full.block_shape, full.groups, transposed
         self.group_channels = full.group_channels
+        self.register_buffer("held", None, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, in the layer's own layout."""
+        if self.held is None:
+            return self.gated(weight)
+        fixed = weight * self.expand(self.held, weight.dim() - 2).to(weight.dtype)
+        return torch.ops.blocksparse.with_zero_grad(fixed, list(self.parameters()))  # type: ignore[no-any-return]
+
+    def gated(self, weight: Tensor) -> Tensor:
+        """The same, as long as the gate learns."""
+        raise NotImplementedError
+
+    def factors(self) -> Tensor:
+        """The factor of each block, without gradient. Collective, if FSDP shards the parameters."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def hold(self, held: bool = True) -> None:
+        """Fixes the factors at what they are, or frees them.
+
+        The gate's parameters then get zeros as gradients: the reducers of torch.distributed wait for every
+        gradient that they know of.
+        """
+        from . import training_ops as _training_ops  # noqa: F401  registers with_zero_grad
+
+        self.held = self.factors().clone() if held else None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Says what torch's own message about a wrong size means."""
+        for name, parameter in self.named_parameters():
+            found = state_dict.get(prefix + name)
+            if isinstance(found, Tensor) and found.shape != parameter.shape:
+                layer, (bh, bw) = prefix.partition(".parametrizations")[0], self.block_shape
+                args[-1].append(
+                    f"{layer}: expected {list(parameter.shape)} blocks of {bh}x{bw} channels, got "
+                    f"{list(found.shape)}. Build the model with the block shape that it was saved with."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def kept(self) -> Tensor:

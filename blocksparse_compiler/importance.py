@@ -39,10 +39,9 @@ class BudgetScale(BlockScale):
         super().__init__(full, transposed, dtype, device)
         self.register_buffer("selected", torch.ones(self.scale.shape, dtype=torch.bool, device=device))
 
-    def clamped(self) -> Tensor:
+    def clamp(self, scale: Tensor) -> Tensor:
         # A selected block is never exactly zero, or fewer blocks than the budget allows would be kept.
-        tiny = torch.finfo(self.scale.dtype).eps
-        return torch.where(self.selected, self.scale.detach().clamp(tiny, 1), 0)
+        return torch.where(self.selected, scale.clamp(torch.finfo(scale.dtype).eps, 1), 0)
 
     @property
     def kept(self) -> Tensor:
@@ -79,7 +78,7 @@ class BlockMagnitude(BlockGate):
         """From one decision per block to one per block and tap (for 1x1 blocks, per weight)."""
         self.selected = torch.ones(self.full.grid_shape, dtype=torch.bool, device=self.selected.device)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def gated(self, weight: Tensor) -> Tensor:
         kept = self.selected
         if kept.dim() == 2:
             return torch.where(self.expand(kept, weight.dim() - 2), weight, 0)
@@ -124,9 +123,12 @@ class BlockAttention(BlockGate):
         self.logit = nn.Parameter(torch.zeros(rows, cols, dtype=dtype, device=device))
         self.register_buffer("selected", torch.ones(rows, cols, dtype=torch.bool, device=device))
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def gated(self, weight: Tensor) -> Tensor:
         factor = attention(self.logit, self.selected)
         return weight * self.expand(factor, weight.dim() - 2).to(weight.dtype)
+
+    def factors(self) -> Tensor:
+        return attention(whole(self.logit), self.selected)
 
     @property
     def kept(self) -> Tensor:

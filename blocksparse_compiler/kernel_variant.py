@@ -60,6 +60,7 @@ class KernelVariant(ABC):
         dtypes: supported dtypes.
         ops: supported ops (`Site.op`).
         weight_layout: how tiles are stored, see `packing`.
+        stand_in: name of the row that runs the same weights where a device lacks this one's instructions.
     """
 
     name: str
@@ -67,6 +68,7 @@ class KernelVariant(ABC):
     dtypes: tuple[str, ...]
     ops: tuple[str, ...]
     weight_layout: str = INPUT_MAJOR
+    stand_in: str = ""
 
     def unsupported(self, site: Site, pattern: BlockPattern) -> str | None:
         """Why this kernel cannot run the layer on any device of its type, as a phrase; None if it can."""

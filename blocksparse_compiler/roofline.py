@@ -198,14 +198,25 @@ def dense_cost(site: Site, device: DeviceSpec) -> Cost:
     )
 
 
+def dense_instructions(dtype: str, class_: str, device: DeviceSpec) -> tuple[str, float]:
+    """What torch's operator runs on: the prefix of its efficiencies, and the peak of one thread."""
+    if dtype != "bfloat16":
+        prefix = "dense_f16" if dtype == "float16" else "dense"
+        return prefix, device.peak_fp32_flops_per_second_per_thread
+    if device.has_amx and class_ != "depthwise":
+        return "dense_amx", device.peak_amx_flops_per_second_per_thread
+    return "dense_bf16", device.peak_bf16_flops_per_second_per_thread
+
+
 def _dense_rate(site: Site, device: DeviceSpec) -> sympy.Expr:
-    """Flops per second of torch's operator: on AMX where there is AMX for the dtype."""
-    peak, prefix, class_ = device.peak_flops_per_second(site.dtype), "dense", geometry(site)
-    if device.has_amx and site.dtype == "bfloat16" and class_ != "depthwise":
-        peak, prefix = device.threads * device.peak_amx_flops_per_second_per_thread, "dense_amx"
+    """Flops per second of torch's operator, on all threads."""
+    class_ = geometry(site)
+    prefix, peak = dense_instructions(site.dtype, class_, device)
+    peak *= device.threads
 
     def fraction(name: str, default: float) -> float:
-        return device.efficiency.get(f"{prefix}/{name}", default)
+        others = device.efficiency.get(f"dense/{name}", default) if prefix != "dense_amx" else default
+        return device.efficiency.get(f"{prefix}/{name}", others)
 
     usual = sympy.Float(peak * fraction(class_, 0.5))
     if class_ != "linear":
@@ -252,7 +263,7 @@ def sparse_cost(
 
 def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[int, int]:
     """(pixels, vector lanes) that the inner loop works on."""
-    tile = cpu_variants.device_tile(block, device, 2 if site.dtype == "bfloat16" else 1)
+    tile = cpu_variants.device_tile(site.dtype, block, device)
     return (
         (min(tile.pixels, cpu_variants.cache_friendly_pixels(site, device)), tile.lanes // tile.split)
         if tile

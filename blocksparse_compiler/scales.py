@@ -9,14 +9,13 @@ or S chatters around zero without ever being zero.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import LayerError, OptionError
+from .errors import LayerError, check_number
 from .gates import BlockGate, block_gate_of, block_gates, local_part, whole
 from .pattern import BlockPattern
 
@@ -41,15 +40,17 @@ class BlockScale(BlockGate):
         rows, _, cols = full.grid_shape
         self.scale = nn.Parameter(torch.ones(rows, cols, dtype=dtype, device=device))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The effective weight, in the layer's own layout."""
+    def gated(self, weight: Tensor) -> Tensor:
         # `scale - scale.detach()` is exactly 0 and carries the whole gradient: straight through the clamp.
-        clamped = self.clamped() + (self.scale - self.scale.detach())
+        clamped = self.clamp(self.scale.detach()) + (self.scale - self.scale.detach())
         return weight * self.expand(clamped, weight.dim() - 2).to(weight.dtype)
 
-    def clamped(self) -> Tensor:
-        """The factor of each block, without gradient."""
-        return self.scale.detach().clamp(0, 1)
+    def clamp(self, scale: Tensor) -> Tensor:
+        """The factor of each block."""
+        return scale.clamp(0, 1)
+
+    def factors(self) -> Tensor:
+        return self.clamp(whole(self.scale))
 
     @property
     def kept(self) -> Tensor:
@@ -95,9 +96,7 @@ def proximal_step(model: nn.Module, threshold: float) -> nn.Module:
         LayerError: if the model has no block scales.
         OptionError: if the threshold is negative or not finite.
     """
-    if not (math.isfinite(threshold) and threshold >= 0):
-        fix = "Use learning_rate * gamma."
-        raise OptionError("proximal_step", "a finite threshold >= 0", repr(threshold), fix)
+    check_number("proximal_step", "threshold", threshold, fix="Use learning_rate * gamma.")
     for block_scale in _scales("proximal_step", model):
         soft_threshold(block_scale, threshold)
     return model
@@ -119,7 +118,12 @@ def freeze_scales(model: nn.Module) -> nn.Module:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer parameter groups: `weight_decay` on everything but the block scales."""
+    """Optimizer parameter groups: `weight_decay` on everything but the block scales.
+
+    Raises:
+        OptionError: if `weight_decay` is negative or not finite.
+    """
+    check_number("param_groups", "weight_decay", weight_decay, fix="Use for example 1e-4.")
     scales = {id(s.scale): s.scale for _, s in block_scales(model)}
     others = [p for p in model.parameters() if id(p) not in scales]
     return [

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import OptionError, PatternError
+from .errors import OptionError, PatternError, check_number
 from .layout import swap_channels
 from .pattern import BlockPattern, BlockShape, check_block_shape
 
@@ -208,9 +208,9 @@ class RandomBlocks:
 
     def __post_init__(self) -> None:
         check_block_shape(self.block_shape, "RandomBlocks")
-        if not 0 < self.density <= 1:
-            fix = "Use for example 0.5 to keep half."
-            raise OptionError("RandomBlocks", "density in (0, 1]", repr(self.density), fix)
+        check_number(
+            "RandomBlocks", "density", self.density, fix="Use for example 0.5 to keep half.", share=True
+        )
 
     def pattern(self, name: str, weight_shape: tuple[int, ...], groups: int) -> BlockPattern:
         full = BlockPattern.full(weight_shape, self.block_shape, groups)

@@ -46,8 +46,11 @@ def select_layers(
         only_called: leave out layers that `forward` does not use, as far as torch.fx can tell.
 
     Raises:
-        LayerError: if a name matches no layer.
+        LayerError: if a name matches no layer, or `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        fix = "Pass the model itself."
+        raise LayerError(function, "a torch.nn.Module", type(model).__name__, fix)
     layers = list(_walk(model))
     include, exclude = _as_tuple(include), _as_tuple(exclude)
     for name in (f for f in include + exclude if isinstance(f, str)):
@@ -69,11 +72,11 @@ def select_layers(
 def keep_valid(
     layers: list[Layer], function: str, *checks: Callable[[Layer], object]
 ) -> tuple[list[Layer], BlockSparseError | None]:
-    """The layers that pass all checks, and the last error of one that did not.
+    """The layers that pass all checks, and the error of the largest one that did not.
 
     The reason for leaving a layer out is logged; for a layer the user named, it is raised.
     """
-    valid, last_error = [], None
+    valid, worst, most = [], None, -1
     for layer in layers:
         try:
             for check in checks:
@@ -82,19 +85,21 @@ def keep_valid(
             if layer.explicit:
                 raise
             log.info("%s leaves %s as it is: %s", function, layer.name, error)
-            last_error = error
+            size = sum(p.numel() for p in layer.module.parameters() if not nn.parameter.is_lazy(p))
+            if size > most:
+                worst, most = error, size
         else:
             valid.append(layer)
-    return valid, last_error
+    return valid, worst
 
 
-def nothing_left(function: str, last_error: BlockSparseError | None) -> BlockSparseError:
+def nothing_left(function: str, error: BlockSparseError | None) -> BlockSparseError:
     """The error for a call that would change no layer at all."""
-    if last_error is None:
+    if error is None:
         fix = "Check include and exclude."
         return LayerError(function, "at least one convolution or linear layer", "none", fix)
-    fix = f"{last_error.fix} No other layer of the model could be used either."
-    return type(last_error)(last_error.where, last_error.expected, last_error.got, fix)
+    fix = f"{error.fix} No other layer of the model could be used either."
+    return type(error)(error.where, error.expected, error.got, fix)
 
 
 # ---- internals ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from . import ranks
 from .budget import Budget, Masks, check_reachable, choose_blocks, latency_budget, weight_budget
 from .devices import AnyDevice
 from .devices import device as find_device
-from .errors import LayerError, OptionError, PatternError
+from .errors import LayerError, OptionError, PatternError, check_number
 from .gates import local_part
 from .passes.fold_zero_blocks import fold_zero_blocks
 from .passes.insert_block_scales import plan_gates, register_gates
@@ -137,9 +137,9 @@ class BlockSparsifier:
             fix = "Train the folded model with a new optimizer and no sparsifier."
             raise LayerError(f"{NAME}.step", "a model that is not folded", "a folded one", fix)
         schedule, gamma = self.options.schedule, self.options.gamma
-        if gamma is not None and (lr is None or not (math.isfinite(lr) and lr >= 0)):
+        if gamma is not None:
             fix = "Pass the learning rate of this step: sparsifier.step(lr)."
-            raise OptionError(f"{NAME}.step", "a finite lr >= 0", repr(lr), fix)
+            check_number(f"{NAME}.step", "lr", lr, fix=fix)
         self.steps += 1
         if self.frozen:
             for parameter, value in self._held:  # momentum may have moved them
@@ -174,7 +174,11 @@ class BlockSparsifier:
 
         Args:
             gate_options: further options of the gates' group, such as a learning rate of its own (`lr=...`).
+
+        Raises:
+            OptionError: if `weight_decay` is negative or not finite.
         """
+        check_number(f"{NAME}.param_groups", "weight_decay", weight_decay, fix="Use for example 1e-4.")
         own = {id(p): p for layer in self.layers for p in layer.gate.parameters()}
         others = [p for p in self.model.parameters() if id(p) not in own]
         groups: list[dict[str, Any]] = [{"params": others, "weight_decay": weight_decay}]
@@ -186,8 +190,8 @@ class BlockSparsifier:
     def freeze(self) -> None:
         """Fixes the structure, to fine-tune the kept weights; under `target_density`, exactly at the target.
 
-        The gates' parameters keep their values whatever the optimizer does, and take no more gradient, except
-        under torch.distributed, whose reducers wait for every gradient they know of.
+        The gates' parameters keep their values whatever the optimizer does, and take no more gradient. Under
+        torch.distributed, whose reducers wait for every gradient they know of, that is a gradient of zeros.
         """
         if self.frozen:
             return
@@ -349,13 +353,18 @@ class BlockSparsifier:
         """From now on, `step` puts the gates' parameters back to the values they have now."""
         parameters = [p for layer in self.layers for p in layer.gate.parameters()]
         self._held = [(local_part(p), local_part(p).clone()) for p in parameters]
-        if not ranks.several():
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-                parameter.grad = None
+        if ranks.several():
+            for layer in self.layers:
+                if list(layer.gate.parameters()):
+                    layer.gate.hold()
+            return
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
     def _release(self) -> None:
         self._held = []
         for layer in self.layers:
+            layer.gate.hold(False)
             for parameter in layer.gate.parameters():
                 parameter.requires_grad_(True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .budget import BUDGETS
-from .errors import OptionError
+from .errors import OptionError, check_number
 from .gates import BlockGate
 from .importance import IMPORTANCES
 from .pattern import BlockShape, check_block_shape
@@ -36,10 +35,10 @@ class SparsifierOptions:
         if (gamma is None) == (density is None):
             got = "neither" if gamma is None else "both"
             raise OptionError(NAME, "either gamma or target_density", got, "Pass one of the two.")
-        if gamma is not None and not (math.isfinite(gamma) and gamma >= 0):
-            raise OptionError(NAME, "a finite gamma >= 0", repr(gamma), "Try 0.01 and look at the density.")
-        if density is not None and not 0 < density <= 1:
-            raise OptionError(NAME, "target_density in (0, 1]", repr(density), "Use 0.5 to keep half.")
+        if gamma is not None:
+            check_number(NAME, "gamma", gamma, fix="Try 0.01 and look at the density.")
+        if density is not None:
+            check_number(NAME, "target_density", density, fix="Use 0.5 to keep half.", share=True)
         _check_one_of("budget", self.budget, BUDGETS)
         _check_one_of("scope", self.scope, ("global", "layer"))
         _check_one_of("importance", self.importance, tuple(IMPORTANCES))

@@ -1,5 +1,5 @@
 """Differentiable block-sparse layers: `blocksparse::sparse_conv`, `blocksparse::sparse_linear`,
-and `blocksparse::kept_tiles`, which takes their tiles out of a dense weight.
+`blocksparse::kept_tiles`, which takes their tiles out of a dense weight, and `blocksparse::with_zero_grad`.
 
 All three products of a training step run on kept tiles:
 
@@ -41,6 +41,7 @@ LIBRARY.define(
     "kept_tiles(Tensor weight, Tensor coordinates, Tensor position, int[] block_shape) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+LIBRARY.define("with_zero_grad(Tensor x, Tensor[] unused) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(
     f"sparse_linear(Tensor x, Tensor tiles, Tensor? bias, int out_channels, {_TABLES}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -134,6 +135,23 @@ class _KeptTiles(torch.autograd.Function):
 
 
 LIBRARY.impl("kept_tiles", lambda *args: _KeptTiles.apply(*args), "CompositeImplicitAutograd")
+
+
+class _WithZeroGrad(torch.autograd.Function):
+    """`x` as it is. The other tensors get zeros as gradients: they do not matter, and are waited for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *unused: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.like = [(t.shape, t.dtype, t.device) for t in unused]
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad, *(grad.new_zeros(s, dtype=d, device=v) for s, d, v in ctx.like)
+
+
+LIBRARY.impl("with_zero_grad", lambda x, unused: _WithZeroGrad.apply(x, *unused), "CompositeImplicitAutograd")
 
 
 # ---- layers ----------------------------------------------------------------------------------------

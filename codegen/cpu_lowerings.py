@@ -13,7 +13,7 @@ import torch
 
 from ..amx_variant import AMX, unsupported_blocks
 from ..cpu_spmm import SPMM, PixelTile, pixel_tiles
-from ..cpu_variants import RegisterTile, register_tile
+from ..cpu_variants import RegisterTile, dtype_tile
 from ..variants import VARIANTS, KernelConfig
 from .cpu_amx_template import AmxTemplate, runs_amx, tiles_of
 from .cpu_spmm_template import SparseRowsTemplate
@@ -170,13 +170,13 @@ class _Weight:
             raise Unsupported(
                 f"weights and bias of {', '.join(map(str, others))} on inputs of {x.get_dtype()}"
             )
-        self.is_fp32 = x.get_dtype() == torch.float32
+        self.dtype = dtype
         if not is_static(x.get_size()[channel_dim]):
             raise Unsupported("symbolic channels")
         self.in_channels = int(x.get_size()[channel_dim])
 
     def tile(self) -> RegisterTile:
-        tile = register_tile(self.block_shape, *vectors_of_isa(), self.pack, not _multiplies_bf16())
+        tile = dtype_tile(self.dtype, self.block_shape, *vectors_of_isa(), _multiplies_bf16())
         if tile is None:
             raise Unsupported(f"block height {self.block_shape[0]}")
         return replace(tile, pixels=min(tile.pixels, int(self.config.parameters.get("pixels", tile.pixels))))
@@ -197,6 +197,7 @@ class _Weight:
             return self._sparse_rows(nodes, layout, images, conv)
         if self.config.variant == AMX.name and (out := self._amx(nodes, layout, images, conv)):
             return out
+        is_fp32 = self.dtype == "float32"
         tile = self.tile()
         flat = flat_tiling(conv.output_size[1], tile.pixels) if conv.is_flat(images) else None
         template = BlockSparseTemplate(
@@ -210,8 +211,8 @@ class _Weight:
             block_shape=self.block_shape,
             parameters=dict(self.config.parameters),
             # Rounding a low-precision output loses more than any order of its fp32 sum.
-            flush=-(-LONGEST_SUM // self.block_shape[1]) if self.is_fp32 else 0,
-            bias_first=tile.split == 1 and (not self.is_fp32 or self.mean_products() <= SHORT_SUM),
+            flush=-(-LONGEST_SUM // self.block_shape[1]) if is_fp32 else 0,
+            bias_first=tile.split == 1 and (not is_fp32 or self.mean_products() <= SHORT_SUM),
         )
         return template.generate().output_node()
 

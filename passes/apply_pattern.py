@@ -10,7 +10,7 @@ import logging
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..errors import LayerError, PatternError
+from ..errors import LayerError, OptionError, PatternError
 from ..layers import KeptTiles
 from ..layout import canonical_shape, groups_of, is_transposed
 from ..pattern import BlockPattern
@@ -38,6 +38,10 @@ def apply_pattern(
         PatternError: if the scheme does not fit a layer named in `include`, or fits none.
         LayerError: if no layer could be masked, a name matches none, or a weight is not finite.
     """
+    if isinstance(scheme, type) or not callable(getattr(scheme, "pattern", None)):
+        fix = "Pass for example RandomBlocks((16, 16), density=0.5)."
+        got = scheme.__name__ + ", the class" if isinstance(scheme, type) else repr(scheme)
+        raise OptionError(NAME, "a scheme", got, fix)
     layers = select_layers(model, NAME, include, exclude, only_called=True)
     users, stem = weight_users(model), _first_convolution(model) if scheme.dense_stem else None
     layers, last_error = keep_valid(

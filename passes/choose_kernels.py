@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..devices import AnyDevice
 from ..devices import device as present_device
 from ..errors import LayerError, PlanError
 from ..gpu_devices import GpuSpec
+from ..kernel_variant import KernelVariant
 from ..layout import swap_channels
 from ..pattern import BlockPattern, BlockShape
 from ..plan import DENSE, Decision, Plan, Site
@@ -181,7 +182,7 @@ def _check_kernel(kernel: str, pattern: BlockPattern, site: Site, device: AnyDev
     reason = "there is no such kernel" if variant is None else variant.unsupported(site, pattern)
     if pattern.groups != site.groups:
         reason = f"the plan is for {pattern.groups} groups"
-    if not reason and not VARIANTS[kernel].configs(site, pattern, device):
+    if not reason and not any(row.configs(site, pattern, device) for row in _able(kernel)):
         reason = f"it does not run on {device.name}"
     if reason:
         raise PlanError(
@@ -190,6 +191,13 @@ def _check_kernel(kernel: str, pattern: BlockPattern, site: Site, device: AnyDev
             f"{site.dtype} {site.op} of {site.groups} groups: {reason}",
             "Make the plan from this model (blocksparse_compiler.plan), or choose dense for this layer.",
         )
+
+
+def _able(kernel: str) -> Iterator[KernelVariant]:
+    """The rows that the lowering of a kernel may choose from."""
+    yield VARIANTS[kernel]
+    if VARIANTS[kernel].stand_in:
+        yield VARIANTS[VARIANTS[kernel].stand_in]
 
 
 def traced_sizes(gm: GraphModule) -> dict[str, int]:

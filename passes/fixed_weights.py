@@ -29,7 +29,8 @@ _REARRANGE = {
     "reshape", "view", "permute", "transpose", "movedim", "flatten", "unflatten", "getitem", "contiguous",
     "slice", "clone", "squeeze", "unsqueeze", "t", "expand", "to", "float", "new_zeros", "zeros_like",
 }  # fmt: skip
-_POLYNOMIAL = {*_REARRANGE, "mul", "add", "sub", "neg", "where", "masked_fill", "index_copy"}
+_ANCHOR = "with_zero_grad"
+_POLYNOMIAL = {*_REARRANGE, _ANCHOR, "mul", "add", "sub", "neg", "where", "masked_fill", "index_copy"}
 _DIGITS = (
     0,
     7,
@@ -45,11 +46,13 @@ class FixedWeight:
     Args:
         probe: the weight, computed from random values in place of the trained ones: nonzero where it can be.
         trained: the trained tensors that it is made of.
+        unused: those that it does not depend on, but gives zeros as gradients (`with_zero_grad`).
     """
 
     node: Node
     probe: Tensor
     trained: tuple[Node, ...]
+    unused: tuple[Node, ...] = ()
 
 
 class FixedWeights:
@@ -77,7 +80,8 @@ class FixedWeights:
             for n in inputs
         }
         try:
-            return FixedWeight(node, self._evaluate(node, probes), tuple(inputs))
+            unused = tuple(n for anchor in self._anchors(node) for n in anchor.all_input_nodes[1:])
+            return FixedWeight(node, self._evaluate(node, probes), tuple(inputs), unused)
         except NotStatic:  # computed in other precision than it says
             return None
 
@@ -129,9 +133,19 @@ class FixedWeights:
             elif not self._constants.is_static(node):
                 if not is_pure(node) or node in self._written or _name(node) not in _POLYNOMIAL:
                     return None
-                pending += [n for n in node.all_input_nodes if n not in seen]
-                seen.update(node.all_input_nodes)
+                pending += [n for n in _operands(node) if n not in seen]
+                seen.update(_operands(node))
         return list(found)
+
+    def _anchors(self, root: Node) -> list[Node]:
+        """The calls of `with_zero_grad` behind `root`."""
+        found, pending = [], [root]
+        while pending:
+            node = pending.pop()
+            if node not in self._trained:
+                found += [node] if _name(node) == _ANCHOR else []
+                pending += _operands(node)
+        return found
 
     @torch.no_grad()
     def _evaluate(self, root: Node, probes: Mapping[Node, Tensor]) -> Tensor:
@@ -141,7 +155,7 @@ class FixedWeights:
             node = stack[-1]
             if node not in values and (constant := self._constants.get(node)) is not None:
                 values[node] = constant
-            missing = [] if node in values else [n for n in node.all_input_nodes if n not in values]
+            missing = [] if node in values else [n for n in _operands(node) if n not in values]
             stack.extend(missing)
             if not missing:
                 stack.pop()
@@ -161,7 +175,14 @@ def _name(node: Node) -> str:
     return name.split(".")[0]
 
 
+def _operands(node: Node) -> list[Node]:
+    """The nodes that a value depends on."""
+    return [node.args[0]] if _name(node) == _ANCHOR else node.all_input_nodes  # type: ignore[list-item]
+
+
 def _run(node: Node, values: Mapping[Node, Any]) -> Any:
+    if _name(node) == _ANCHOR:
+        return values[node.args[0]]  # type: ignore[index]
     args: Any = map_arg(node.args, lambda n: values[n])
     kwargs: Any = map_arg(node.kwargs, lambda n: values[n])
     target: Any = node.target

@@ -68,6 +68,9 @@ def _lower(
     place, dtype = _place(call), getattr(torch, site.dtype)
     with gm.graph.inserting_before(call.node):
         tiles = _tiles(gm, weights, weight, pattern, place)
+        if weight.unused:
+            like, tiles = tiles, _call(gm, "with_zero_grad", (tiles, list(weight.unused)))
+            tiles.meta = dict(like.meta)
         bias = call.bias if per_channel else None
         inputs = [_converted(gm, operand, dtype) for operand in (call.input, tiles, bias)]
         groups = None if tables.groups is None else set_constant(gm, "groups", tables.groups.to(place))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..errors import LayerError, OptionError, PatternError
+from ..errors import LayerError, OptionError, PatternError, check_number
 from ..importance import block_strength
 from ..layers import KeptTiles
 from ..layout import layer_weight
@@ -75,8 +75,7 @@ def prune_blocks(
             than that of a layer named in `include`).
         LayerError: if no layer could be pruned, a name matches none, or a weight is not finite.
     """
-    if not 0 < density <= 1:
-        raise OptionError(NAME, "density in (0, 1]", repr(density), "Use for example 0.5 to keep half.")
+    check_number(NAME, "density", density, fix="Use for example 0.5 to keep half.", share=True)
     if scope not in ("layer", "global"):
         raise OptionError(NAME, 'scope "layer" or "global"', repr(scope), "Use one of the two.")
     if block_shape is not None:

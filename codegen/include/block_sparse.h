@@ -195,6 +195,35 @@ struct Operands<at::BFloat16, LANES, SPLIT> : Channels<LANES, SPLIT> {
   }
 };
 
+// fp16: converted as it is loaded.
+template <int LANES>
+struct Operands<at::Half, LANES, 1> : Channels<LANES, 1> {
+  static constexpr int DEPTH = 1;
+  using Value = typename Channels<LANES, 1>::Value;
+  using Outputs = Lanes<LANES>;
+
+  BLOCK_SPARSE_INLINE Value weights(const at::Half* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (LANES == 16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+    if constexpr (LANES == 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+    alignas(64) float floats[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) floats[i] = static_cast<float>(p[i]);
+    return Lanes<LANES>::load(floats);
+  }
+  BLOCK_SPARSE_INLINE Value inputs(const at::Half* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (LANES == 16) return _mm512_cvtph_ps(_mm256_set1_epi16(p->x));
+#endif
+    const float number = static_cast<float>(*p);
+    return Lanes<LANES>::broadcast(&number);
+  }
+  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const at::Half* p) { return weights(p); }
+};
+
 // What a convolution needs to know besides its strides along a row. Sizes in pixels, strides in elements.
 struct Geometry {
   int64_t height, width;  // input
@@ -459,6 +488,25 @@ struct Tile {
     finish(acc, out, block_row.bias);
   }
 };
+
+// Memory of a thread, 64-byte aligned, that later calls find warm.
+template <class Element>
+inline Element* thread_memory(int64_t count) {
+  struct Memory {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    ~Memory() { std::free(data); }
+  };
+  static thread_local Memory memory;
+  const int64_t bytes = (count * sizeof(Element) + 63) / 64 * 64;
+  if (memory.bytes < bytes) {
+    std::free(memory.data);
+    memory.data = std::aligned_alloc(64, bytes);
+    memory.bytes = memory.data ? bytes : 0;
+    if (!memory.data) throw std::bad_alloc();
+  }
+  return static_cast<Element*>(memory.data);
+}
 
 struct Range {
   int64_t begin, end;

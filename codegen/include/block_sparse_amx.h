@@ -166,25 +166,6 @@ struct Panel {
   int64_t block_stride;         // elements between channel blocks
 };
 
-// Memory of a thread, 64-byte aligned, that later calls find warm.
-template <class Element>
-inline Element* thread_memory(int64_t count) {
-  struct Memory {
-    void* data = nullptr;
-    int64_t bytes = 0;
-    ~Memory() { std::free(data); }
-  };
-  static thread_local Memory memory;
-  const int64_t bytes = (count * sizeof(Element) + 63) / 64 * 64;
-  if (memory.bytes < bytes) {
-    std::free(memory.data);
-    memory.data = std::aligned_alloc(64, bytes);
-    memory.bytes = memory.data ? bytes : 0;
-    if (!memory.data) throw std::bad_alloc();
-  }
-  return static_cast<Element*>(memory.data);
-}
-
 template <int BW>
 BLOCK_SPARSE_INLINE void pack_place(
     BFloat16* out, int64_t block_stride, const BFloat16* pixel, int64_t channels, int64_t blocks) {

@@ -54,23 +54,6 @@ BLOCK_SPARSE_INLINE void transpose(const float* from, int64_t from_stride, float
 }
 #endif
 
-// Memory of a thread, 64-byte aligned, that later calls find warm.
-inline float* panel_memory(int64_t floats) {
-  struct Memory {
-    float* data = nullptr;
-    int64_t size = 0;
-    ~Memory() { std::free(data); }
-  };
-  static thread_local Memory memory;
-  if (memory.size < floats) {
-    std::free(memory.data);
-    memory.data = static_cast<float*>(std::aligned_alloc(64, (4 * floats + 63) / 64 * 64));
-    memory.size = memory.data ? floats : 0;
-    if (!memory.data) throw std::bad_alloc();
-  }
-  return memory.data;
-}
-
 // panel[channel][PIXELS] of `count` pixels, `step` floats apart; zeros beyond them.
 template <int64_t PIXELS, int64_t CHANNELS>
 inline void fill_panel(float* panel, const float* x, int64_t step, int64_t count) {

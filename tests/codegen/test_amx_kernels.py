@@ -1,7 +1,8 @@
-"""The kernel on AMX tiles, with its instructions emulated, against plain torch in float64."""
+"""The kernel on AMX tiles against plain torch in float64: emulated and, where there is AMX, for real."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,18 @@ from kernel_cases import Case, Layer, Layers, assert_close_to_float64, compiling
 from torch.nn import functional as F
 
 from blocksparse_compiler.codegen.cpu_amx_template import emulated_amx
+from blocksparse_compiler.devices import detect_amx
 
 PAD = (1, 1, 1, 1)
 PANEL, DIRECT = {"panel": 1}, {"panel": 0}
+
+
+here = pytest.mark.skipif(not detect_amx(), reason="no AMX on this machine")
+on_tiles = pytest.mark.parametrize("tiles", ["emulated", pytest.param("real", marks=here)])
+
+
+def compiled_for(tiles: str) -> AbstractContextManager[None]:
+    return emulated_amx() if tiles == "emulated" else nullcontext()
 
 
 def amx(shape, out_channels, kernel_size=(), block=(32, 32), **named) -> Case:
@@ -57,19 +67,19 @@ TRICKY = [
 ]
 
 
-def check(cases: list[Case]) -> str:
+def check(cases: list[Case], tiles: str) -> None:
     module = Layers(cases)
     xs = [case.input() for case in cases]
-    with emulated_amx():
+    with compiled_for(tiles):
         outs, source = run(module, xs, dynamic=False)
     for layer, x, out in zip(module.layers, xs, outs, strict=True):
         assert_close_to_float64(layer, x, out)
     assert source.count("using Products = ") >= 1 and "using RegisterTile" not in source
-    return source
 
 
-def test_tricky_shapes():
-    check(TRICKY)
+@on_tiles
+def test_tricky_shapes(tiles):
+    check(TRICKY, tiles)
 
 
 @st.composite
@@ -102,10 +112,11 @@ def cases(draw):
     return amx(shape, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation, **common)
 
 
+@on_tiles
 @settings(deadline=None, max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(st.lists(cases(), min_size=12, max_size=12))
-def test_random_shapes(drawn):
-    check(drawn)
+@given(drawn=st.lists(cases(), min_size=12, max_size=12))
+def test_random_shapes(tiles, drawn):
+    check(drawn, tiles)
 
 
 def affine(y, extra):
@@ -127,7 +138,8 @@ def gate(y, extra):
 EPILOGUES = [affine, several, gate]
 
 
-def test_epilogues_run_inside():
+@on_tiles
+def test_epilogues_run_inside(tiles):
     shapes = [
         amx((3, 40, 7, 7), 50, (3, 3), padding=PAD),
         amx((2, 32, 20, 20), 50, (3, 3), padding=PAD, parameters=DIRECT),
@@ -142,7 +154,7 @@ def test_epilogues_run_inside():
     torch.manual_seed(0)
     xs = [layer.case.input() for layer in module.layers]
     extras = [output_like(layer) for layer in module.layers]
-    with emulated_amx():
+    with compiled_for(tiles):
         outs, source = run(net, xs, extras, dynamic=False)
     assert source.count("using Products = ") == count_kernels(source)["all"] == len(xs)
     wants = [
@@ -159,7 +171,8 @@ def output_like(layer: Layer) -> torch.Tensor:
     return extra.to(memory_format=torch.channels_last) if extra.dim() == 4 else extra
 
 
-def test_one_compilation_serves_every_batch():
+@on_tiles
+def test_one_compilation_serves_every_batch(tiles):
     module = Layers(
         [
             amx((4, 32, 7, 9), 32, (3, 3), padding=PAD),
@@ -167,7 +180,7 @@ def test_one_compilation_serves_every_batch():
             amx((4, 32, 7, 9), 32, (1, 1)),
         ]
     )
-    with compiling() as sources, emulated_amx():
+    with compiling() as sources, compiled_for(tiles):
         fast = torch.compile(module, fullgraph=True)
         for batch in (2, 3, 8, 5):
             x = torch.randn(batch, 32, 7, 9).bfloat16().to(memory_format=torch.channels_last)
@@ -179,7 +192,8 @@ def test_one_compilation_serves_every_batch():
     assert "".join(sources).count("using Products = ") == 3
 
 
-def test_views_of_the_input():
+@on_tiles
+def test_views_of_the_input(tiles):
     """Channels, pixels and images that a larger tensor holds, from an odd offset on."""
     conv, flat = amx((2, 33, 8, 9), 32, (3, 3), padding=PAD), amx((6, 33), 32)
     module = Layers([conv, replace(conv, parameters=DIRECT), flat])
@@ -195,13 +209,14 @@ def test_views_of_the_input():
 
     x = torch.randn(3, 40, 9, 11).bfloat16().to(memory_format=torch.channels_last)
     rows = torch.randn(7, 38).bfloat16()
-    with emulated_amx():
+    with compiled_for(tiles):
         outs, source = run(Views(), x, rows, dynamic=False)
     for layer, part, out in zip(module.layers, [x[1:, 3:36, 1:, :9]] * 2 + [rows[1:, 5:]], outs, strict=True):
         assert_close_to_float64(layer, part, out)
     assert source.count("using Products = ") == 3
 
 
+@pytest.mark.skipif(detect_amx(), reason="there is AMX on this machine")
 @pytest.mark.parametrize("emulated", [False, True])
 def test_without_amx_the_same_weights_run_on_vectors(emulated):
     """And so do images of symbolic size, everywhere."""

@@ -68,7 +68,7 @@ def check(cases: list[Case]) -> str:
     return source
 
 
-@pytest.mark.parametrize("variant", ["cpu_f32", "cpu_bf16"])
+@pytest.mark.parametrize("variant", ["cpu_f32", "cpu_bf16", "cpu_f16"])
 def test_tricky_shapes(variant):
     multiple = VARIANTS[variant].width_multiple
     cases = [replace(case, variant=variant) for case in TRICKY if case.block[1] % multiple == 0]
@@ -81,7 +81,7 @@ def test_tricky_shapes(variant):
 def cases(draw):
     size = st.integers(1, 20)
     small = st.integers(1, 3)
-    variant = draw(st.sampled_from(["cpu_f32", "cpu_bf16"]))
+    variant = draw(st.sampled_from(["cpu_f32", "cpu_bf16", "cpu_f16"]))
     odd = [(32, 5)] if variant == "cpu_f32" else [(32, 2), (16, 6)]
     block = draw(st.sampled_from([(16, 16), (32, 32), (8, 8), (4, 4), (16, 8), *odd]))
     channels = draw(st.integers(block[1], 70)), draw(st.integers(block[0], 70))
@@ -153,6 +153,7 @@ def test_every_variant_of_the_table_is_tested():
         "cpu_f32",
         "cpu_f32_depthwise",
         "cpu_bf16",
+        "cpu_f16",
         "cpu_amx_bf16",
         "cpu_f32_spmm",
     }

@@ -29,7 +29,7 @@ cases = [
     Case((5, 32), 48, (), (16, 16)),
     Case((5, 32), 40, (), (4, 4)),
 ]
-cases += [replace(case, variant="cpu_bf16") for case in cases]
+cases = [replace(case, variant=v) for case in cases for v in ("cpu_f32", "cpu_bf16", "cpu_f16")]
 module = Layers(cases)
 xs = [case.input() for case in cases]
 outs, source = run(module, xs, dynamic=False)

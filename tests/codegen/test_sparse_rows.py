@@ -216,6 +216,16 @@ def test_single_weights_are_candidates_only_where_they_may_pay():
     assert "cpu_f32_spmm 1x1" not in estimates(layer, x)
 
 
+@pytest.mark.parametrize("block", [(1, 8), (2, 16), (1, 32)])
+def test_low_wide_blocks_run_as_columns(block):
+    layer = bsc.prune_blocks(nn.Conv2d(256, 256, 1), block, 0.1).eval()
+    (decision,) = choose_kernels(trace(layer, torch.randn(1, 256, 14, 14)), FIXED, block_shape=block)
+    assert decision.kernel == SPMM.name and decision.pattern.block_shape == (block[0], 1)
+    assert f"of {block[0]}x1 tiles kept" in decision.reason
+    (free,) = choose_kernels(trace(layer, torch.randn(1, 256, 14, 14)), FIXED)
+    assert free.kernel == SPMM.name and free.estimates[SPMM.name] <= decision.estimates[SPMM.name]
+
+
 def test_mobile_network():
     """Pointwise layers run on single weights, and the depthwise layer on its own kernel."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ def times_of(spec: DeviceSpec) -> dict[str, float]:
     """What a machine with exactly these figures would measure."""
     calls = {name: getattr(spec, name) for name in calibrate._CALLS}
     layers = {}
-    for name, site in calibrate.DENSE_LAYERS.items():
+    for name, site in calibrate.dense_layers(spec).items():
         record = cost.dense_cost(site, spec)
         layers[name] = cost.value(record.compute_seconds) + cost.value(record.overhead_seconds)
     return {**layers, **calls}
@@ -44,18 +45,21 @@ def test_dense_figures_recover_a_machine():
     truth = default.with_figures(
         "test",
         peak_fp32_flops_per_second_per_thread=default.peak_fp32_flops_per_second_per_thread / 2,
+        peak_bf16_flops_per_second_per_thread=default.peak_bf16_flops_per_second_per_thread * 1.5,
         dense_conv_call_seconds=default.dense_conv_call_seconds * 2,
         efficiency={
             "dense/linear": 0.11,
             "dense/few_rows": 0.07,
             "dense/grouped": 0.33,
             "dense/depthwise": 0.03,
+            "dense_bf16/linear": 0.2,
         },
     )
     found = default.with_figures("measured", **calibrate.dense_figures(default, times_of(truth)))
-    assert found.peak_flops_per_second() == pytest.approx(truth.peak_flops_per_second())
+    for dtype in ("float32", "bfloat16"):
+        assert found.peak_flops_per_second(dtype) == pytest.approx(truth.peak_flops_per_second(dtype))
     assert found.dense_conv_call_seconds == pytest.approx(truth.dense_conv_call_seconds)
-    for name in calibrate.DENSE_LAYERS:
+    for name in calibrate.dense_layers(default):
         assert found.efficiency[name] == pytest.approx(truth.efficiency[name]), name
 
 
@@ -64,7 +68,7 @@ def test_absurd_times_are_cut_off():
     for factor in (1e-6, 1e6):
         times = {name: seconds * factor for name, seconds in times_of(default).items()}
         figures = calibrate.dense_figures(default, times)
-        for name in ("peak_fp32_flops_per_second_per_thread", "dense_conv_call_seconds"):
+        for name in (*calibrate.PEAKS.values(), "dense_conv_call_seconds"):
             ratio = figures[name] / getattr(default, name)
             assert 1 / calibrate._TRUST <= ratio <= calibrate._TRUST
         assert all(0 < fraction <= 1 for fraction in figures["efficiency"].values())
@@ -72,25 +76,34 @@ def test_absurd_times_are_cut_off():
 
 @pytest.mark.parametrize("kind", list(calibrate.SPARSE_LAYERS))
 @pytest.mark.parametrize("fraction", [0.3, 0.9])
-def test_fit_inverts_the_cost_model(spec, kind, fraction):
-    site = calibrate.SPARSE_LAYERS[kind]
+@pytest.mark.parametrize("variant, dtype", [("cpu_f32", "float32"), ("cpu_bf16", "bfloat16")])
+def test_fit_inverts_the_cost_model(spec, kind, fraction, variant, dtype):
+    site = dataclasses.replace(calibrate.SPARSE_LAYERS[kind], dtype=dtype)
     pattern = calibrate.checkerboard(site, 16)
-    truth = spec.with_figures("test", efficiency={f"16x16/{kind}": fraction})
-    seconds = cost.sparse_cost(site, pattern, truth).evaluate()
-    assert calibrate.fit_efficiency(site, pattern, spec, seconds) == pytest.approx(fraction, rel=1e-6)
+    truth = spec.with_figures("test", efficiency={f"{variant}/16x16/{kind}": fraction})
+    seconds = cost.sparse_cost(site, pattern, truth, variant).evaluate()
+    assert calibrate.fit_efficiency(site, pattern, spec, seconds, variant) == pytest.approx(
+        fraction, rel=1e-6
+    )
 
 
-def test_an_efficiency_above_one_raises_the_peak(spec):
+@pytest.mark.parametrize("variant, dtype", [("cpu_f32", "float32"), ("cpu_bf16", "bfloat16")])
+def test_an_efficiency_above_one_raises_the_peak(spec, variant, dtype):
+    sites = {k: dataclasses.replace(site, dtype=dtype) for k, site in calibrate.SPARSE_LAYERS.items()}
     layers = {
-        f"cpu/16x16/{kind}": calibrate.Layer(site, calibrate.checkerboard(site, 16))
-        for kind, site in calibrate.SPARSE_LAYERS.items()
+        f"{variant}/16x16/{kind}": calibrate.Layer(site, calibrate.checkerboard(site, 16), variant)
+        for kind, site in sites.items()
     }
+    peak = calibrate._peak_of(variant)
     truth = spec.with_figures(
         "test",
-        peak_fp32_flops_per_second_per_thread=2 * spec.peak_fp32_flops_per_second_per_thread,
-        efficiency={f"16x16/{kind}": 0.8 for kind in calibrate.SPARSE_LAYERS},
+        **{peak: 2 * getattr(spec, peak)},
+        efficiency={f"{variant}/16x16/{kind}": 0.8 for kind in sites},
     )
-    times = {n: cost.sparse_cost(layer.site, layer.pattern, truth).evaluate() for n, layer in layers.items()}
+    times = {
+        n: cost.sparse_cost(layer.site, layer.pattern, truth, variant).evaluate()
+        for n, layer in layers.items()
+    }
     found = calibrate.with_sparse_efficiencies(spec, layers, times)
     assert max(found.efficiency[name] for name in layers) == pytest.approx(1.0)
     for layer in layers.values():
@@ -147,7 +160,7 @@ def test_measuring_stores_what_it_found(monkeypatch, folder):
 
     def known(layers, seconds):
         sparse = {
-            name: cost.sparse_cost(layer.site, layer.pattern, truth).evaluate()
+            name: cost.sparse_cost(layer.site, layer.pattern, truth, layer.kernel).evaluate()
             for name, layer in layers.items()
             if layer.pattern is not None
         }

@@ -65,6 +65,17 @@ def test_host_has_this_machine():
     assert host.isa == devices.detect_isa()
 
 
+def test_host_with_amx(monkeypatch):
+    monkeypatch.setattr(devices, "detect_isa", lambda: "avx512")
+    for found in (True, False):
+        monkeypatch.setattr(devices, "detect_amx", lambda found=found: found)
+        host = DeviceSpec.host()
+        assert host.has_amx == found and ("AMX" in host.summary) == found
+    monkeypatch.setattr(devices, "detect_amx", lambda: True)
+    monkeypatch.setattr(devices, "detect_isa", lambda: "avx2")  # as ATEN_CPU_CAPABILITY asks for
+    assert not DeviceSpec.host().has_amx
+
+
 def test_caches_are_read_from_sysfs(tmp_path):
     for i, (level, kind, size) in enumerate(
         [

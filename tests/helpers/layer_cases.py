@@ -27,6 +27,9 @@ FIXED = DeviceSpec(
     sparse_call_seconds=5e-6,
     epilogue_seconds_per_vector=0.5e-9,
     efficiency={
+        "dense_bf16/spatial": 0.95,
+        "dense_bf16/pointwise": 0.9,
+        "dense_bf16/linear": 0.85,
         "dense/spatial": 1.0,
         "dense/pointwise": 1.0,
         "dense/linear": 1.0,

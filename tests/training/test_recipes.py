@@ -1,11 +1,17 @@
 """The training recipes, on small files of the formats that the data sets have on disk."""
 
 import csv
+import os
 import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import blocksparse_compiler as bsc
 from examples import train as recipes
@@ -177,6 +183,50 @@ def test_from_the_command_line_to_the_folded_model(tiny, tmp_path):
     rows = [row for row in bsc.sparsity_report(model).rows if row.block_shape]
     assert sum(row.kept_tiles * 64 for row in rows) > 0
     assert all(row.block_shape == (8, 8) for row in rows)
+
+
+def test_a_log_goes_to_tensorboard_where_it_is_installed(tiny, tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            written.append((Path(self.folder).name, name, value, step))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    write_cifar(tmp_path, 10, True)
+    recipe = recipes.Recipe("tiny", 2, 16, 0.05, block=8, density=0.5)
+    recipes.train(recipe, DATASETS["cifar10"](tmp_path), tmp_path / "out", torch.device("cpu"))
+    rows = list(csv.DictReader((tmp_path / "out" / "log.csv").open()))
+    losses = [(folder, float(row["loss"])) for folder, row in zip(["tensorboard"] * 2, rows, strict=True)]
+    assert [(f, v) for f, name, v, _ in written if name == "loss"] == losses
+    assert [step for _, name, _, step in written if name == "accuracy"] == [1, 2]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    assert recipes.Log(tmp_path / "out", resume=True).board is None
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_two_processes_under_torchrun(tmp_path):
+    write_cifar(tmp_path, 10, True)
+    out = tmp_path / "out"
+    words = f"cifar10 --data {tmp_path} --network resnet20 --epochs 2 --batch 16 --density 0.5 --out {out}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "examples.train", *words.split()]
+    root = Path(recipes.__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2"]  # written by one of the two
+    assert {"checkpoint.pt", "folded.pt", "report.json"} <= {path.name for path in out.iterdir()}
+    resumed = subprocess.run(
+        [*command, "--resume"], env=environment, cwd=root, capture_output=True, timeout=240
+    )
+    assert resumed.returncode == 0  # nothing is left to do but the report
 
 
 def test_imagenet_and_cityscapes_train(tiny, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 
 import blocksparse_compiler as bsc
-from blocksparse_compiler import BlockPattern
+from blocksparse_compiler import BlockPattern, ranks
 from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.pattern import gather_tiles, scatter_tiles
 from blocksparse_compiler.scales import block_scales
@@ -307,6 +307,32 @@ def test_training_equals_eager_training(make, sparse):
     plan = plans()[-1]
     assert sum(not d.is_dense for d in plan) == sparse, str(plan)
     assert "trains dense" in plan.decisions[0].reason
+
+
+@pytest.mark.parametrize("how", [{"gamma": 0.5}, {"target_density": 0.5}], ids=str)
+def test_frozen_scales_of_several_ranks_train_on_kept_tiles(how, monkeypatch):
+    """The reducers of torch.distributed wait for the gradients of scales, too: they are zeros then."""
+    monkeypatch.setattr(ranks, "several", lambda: True)
+    models = []
+    for _ in range(2):
+        model = _seeded(_small)
+        sparsifier = bsc.BlockSparsifier(model, (16, 16), include="2", synchronize=False, **how)
+        with torch.no_grad():
+            sparsifier.layers[0].gate.scale.copy_(torch.tensor([[0.5, -0.5], [0.0, 1.5]]))
+        sparsifier.freeze()
+        models.append(model)
+    model, eager = models
+    fast = compiled(model)
+    assert train(model, fast) == pytest.approx(train(eager, eager), rel=1e-4)
+    assert_same_state(model, eager)
+    assert [d.is_dense for d in plans()[-1]] == [True, False, True]
+    scale = model[2].parametrizations.weight[0].scale
+    assert scale.requires_grad
+    fast(torch.randn(4, 3, 10, 11)).sum().backward()
+    assert not scale.grad.any()
+    sparsifier.load_state_dict({**sparsifier.state_dict(), "frozen": False})
+    eager(torch.randn(4, 3, 10, 11)).sum().backward()
+    assert eager[2].parametrizations.weight[0].scale.grad.any()  # it learns again
 
 
 def test_channels_first_and_eval_after_training():

@@ -417,3 +417,48 @@ def test_two_sparsifiers_do_not_share_a_layer():
     model, _, _ = set_up(target_density=0.5)
     with pytest.raises(LayerError, match="one that has them"):
         BlockSparsifier(model, (4, 3), gamma=0.1)
+
+
+def _layers() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize("value", ["0.5", None, float("nan"), float("inf"), -0.1])
+def test_numbers_that_are_none_are_option_errors(value):
+    for call in (
+        lambda: bsc.BlockSparsifier(_layers(), (16, 16), gamma=value),
+        lambda: bsc.BlockSparsifier(_layers(), (16, 16), target_density=value),
+        lambda: bsc.prune_blocks(_layers(), (16, 16), value),
+        lambda: bsc.RandomBlocks((16, 16), value),
+        lambda: bsc.proximal_step(_layers(), value),
+        lambda: bsc.param_groups(_layers(), value),
+        lambda: bsc.BlockSparsifier(_layers(), (16, 16), gamma=0.1).param_groups(value),
+    ):
+        with pytest.raises(OptionError):
+            call()
+
+
+def test_the_error_is_about_the_largest_layer():
+    model = _layers()
+    bsc.BlockSparsifier(model, (16, 16), gamma=0.1)
+    with pytest.raises(LayerError, match=r"^1: .*block scales.* No other layer of the model"):
+        bsc.BlockSparsifier(model, (16, 16), gamma=0.1)
+    with pytest.raises(LayerError, match=r"expected a torch\.nn\.Module, got str"):
+        bsc.BlockSparsifier("model", (16, 16), gamma=0.1)
+
+
+@pytest.mark.parametrize("scheme", ["periodic", bsc.PeriodicKernels, None])
+def test_what_is_no_scheme_is_an_error(scheme):
+    with pytest.raises(OptionError, match="expected a scheme, got"):
+        bsc.apply_pattern(_layers(), scheme)
+
+
+def test_a_model_of_another_block_shape_says_so():
+    saved = _layers()
+    bsc.BlockSparsifier(saved, (16, 16), gamma=0.1)
+    model = _layers()
+    bsc.BlockSparsifier(model, (8, 8), gamma=0.1)
+    with pytest.raises(
+        RuntimeError, match=r"1: expected \[8, 4\] blocks of 8x8 channels, got \[4, 2\]. Build"
+    ):
+        model.load_state_dict(saved.state_dict())
