@@ -154,7 +154,7 @@ class CpuVariant(KernelVariant):
     def describe(
         self, site: Site, pattern: BlockPattern, device: DeviceSpec, config: Mapping[str, Any]
     ) -> str:
-        tile = device_tile(pattern.block_shape, device, self.width_multiple)
+        tile = device_tile(site.dtype, pattern.block_shape, device)
         if tile is None:
             return ""
         pixels = int(config.get("pixels", tile.pixels))
