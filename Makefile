@@ -45,6 +45,7 @@ bench: $(INSTALLED)  ## Measure layers, models and compile time against the stro
 	$(RUN) -m benchmarks.compile_time
 	$(RUN) -m benchmarks.training
 	$(RUN) -m benchmarks.sparse_pointwise
+	$(RUN) -m benchmarks.quantized
 	$(RUN) -m benchmarks.break_even
 	$(RUN) -m benchmarks.periodic
 

@@ -12,7 +12,7 @@ import torch
 from . import cpu_spmm
 from .devices import DeviceSpec
 from .kernel_variant import KernelVariant, Parameters, output_pixels
-from .packing import INPUT_PAIRS
+from .packing import INPUT_PAIRS, INPUT_QUADS
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 
@@ -21,23 +21,32 @@ BLOCK_SHAPES: tuple[BlockShape, ...] = ((32, 32), (16, 16), (8, 8), (32, 1), (16
 Low columns have a kernel of their own, with vectors along pixels."""
 
 
+PACK = {"bfloat16": 2, "uint8": 4, "int8": 4}
+"""Neighbouring input channels in a lane of 32 bits, which are multiplied together; elsewhere there is one."""
+
+
 def merged(block_shape: BlockShape, dtype: str) -> BlockShape:
     """The tile of a kernel for zero blocks of this shape.
 
-    In bf16, where input channels are multiplied in pairs, two blocks of an odd width make one tile. In fp32,
-    low and wide blocks split into columns: vectors along pixels need no width.
+    Where input channels are multiplied together, some blocks of an odd width make one tile. In fp32, low and
+    wide blocks split into columns: vectors along pixels need no width.
     """
     height, width = block_shape
     if dtype == "float32" and height in (1, 2):
         return height, 1
-    return (height, 2 * width) if dtype == "bfloat16" and width % 2 else block_shape
+    return height, math.lcm(width, PACK.get(dtype, 1))
 
 
 def block_shapes(dtype: str) -> tuple[BlockShape, ...]:
     """Tiles to look for in the weights of layers of this dtype."""
     if dtype == "float32":
         return BLOCK_SHAPES
-    return tuple(merged(shape, dtype) for shape in BLOCK_SHAPES if shape not in cpu_spmm.BLOCK_SHAPES)
+    shapes = (merged(shape, dtype) for shape in BLOCK_SHAPES if shape not in cpu_spmm.BLOCK_SHAPES)
+    return tuple(dict.fromkeys(shapes))
+
+
+MOST_PRODUCTS = (2**31 - 1) // (255 * 128)
+"""Products of an unsigned and a signed byte whose sum fits 32 bits, whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +89,13 @@ def register_tile(
 
     Args:
         pack: input channels in a lane of weights; `bw` must be a multiple.
-        unpacked: no instruction multiplies packed lanes: each part takes a register of its own.
+        unpacked: no instruction multiplies packed lanes: they are taken apart into two registers.
         splits: whether low blocks may share a vector between input channels.
     """
     bh, bw = block_shape
     if bw % pack:
         return None
-    parts = pack if unpacked else 1
+    parts = 2 if unpacked and pack > 1 else 1
     split = lanes // bh
     if splits and lanes >= 8 and 4 <= bh < lanes and lanes % bh == 0 and bw % (split * pack) == 0:
         return RegisterTile(min(28, registers - 2 - 2 * parts), 1, lanes, split, pack)
@@ -102,23 +111,23 @@ def register_tile(
 
 
 def dtype_tile(
-    dtype: str, block_shape: BlockShape, lanes: int, registers: int, multiplies_bf16: bool
+    dtype: str, block_shape: BlockShape, lanes: int, registers: int, multiplies_packed: bool
 ) -> RegisterTile | None:
     """The register tile for weights and activations of this dtype."""
-    pairs = dtype == "bfloat16"
+    pack = PACK.get(dtype, 1)
     return register_tile(
         block_shape,
         lanes,
         registers,
-        pack=2 if pairs else 1,
-        unpacked=pairs and not multiplies_bf16,
-        splits=dtype != "float16",
+        pack=pack,
+        unpacked=pack > 1 and not multiplies_packed,
+        splits=dtype not in ("float16", "uint8", "int8"),
     )
 
 
 def device_tile(dtype: str, block_shape: BlockShape, device: DeviceSpec) -> RegisterTile | None:
     """The same on this device."""
-    machine = (device.vector_lanes, device.vector_registers, device.multiplies_bf16)
+    machine = (device.vector_lanes, device.vector_registers, device.multiplies(dtype))
     return dtype_tile(dtype, block_shape, *machine)
 
 
@@ -133,19 +142,22 @@ class CpuVariant(KernelVariant):
 
     Args:
         block_multiple: the block height must be a multiple of this.
-        width_multiple: input channels that are multiplied together; block widths must be a multiple.
     """
 
     block_multiple: int = 1
-    width_multiple: int = 1
+
+    @property
+    def width_multiple(self) -> int:
+        """Input channels that are multiplied together; block widths must be a multiple."""
+        return PACK.get(self.dtypes[0], 1)
 
     def _unsupported_blocks(self, pattern: BlockPattern) -> str | None:
         height, width = pattern.block_shape
         if height % self.block_multiple:
             return f"block height {height} is no multiple of {self.block_multiple}"
         if width % self.width_multiple:
-            pairs = f"{self.dtypes[0]} is multiplied in pairs of input channels"
-            return f"block width {width} is no multiple of {self.width_multiple}: {pairs}"
+            why = f"{self.dtypes[0]} is multiplied {self.width_multiple} input channels at a time"
+            return f"block width {width} is no multiple of {self.width_multiple}: {why}"
         return None
 
     def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
@@ -285,6 +297,19 @@ def split_block_rows(site: Site, pattern: BlockPattern, device: DeviceSpec, tile
     return best if busiest(best) < 0.97 * busiest(1) else 1
 
 
+@dataclass(frozen=True)
+class IntegerVariant(CpuVariant):
+    """A C++ kernel on quantized inputs, for int8 weights."""
+
+    def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
+        products = int(pattern.kept.sum((1, 2)).max()) * pattern.block_shape[1]
+        if products > MOST_PRODUCTS:
+            return (
+                f"sums of {products} products of 8-bit integers may exceed 32 bits ({MOST_PRODUCTS} never do)"
+            )
+        return None
+
+
 CPU_VARIANTS = (
     CpuVariant(
         name="cpu_f32",
@@ -300,7 +325,14 @@ CPU_VARIANTS = (
         ops=("linear", "conv1d", "conv2d"),
         weight_layout=INPUT_PAIRS,
         block_multiple=4,
-        width_multiple=2,
+    ),
+    IntegerVariant(
+        name="cpu_int8",
+        device="cpu",
+        dtypes=("uint8", "int8"),
+        ops=("linear", "conv1d", "conv2d"),
+        weight_layout=INPUT_QUADS,
+        block_multiple=4,
     ),
     CpuVariant(
         name="cpu_f16",

@@ -35,8 +35,9 @@ class DeviceSpec(Figures):
         isa: `"avx512"`, `"avx2"` or `"portable"`, as torch's vector classes use it.
         threads: threads that share one kernel.
         vector_bits, vector_registers: of one core.
-        peak_fp32_flops_per_second_per_thread, peak_bf16_flops_per_second_per_thread: of vector instructions;
-            multiply and add count as two. Without instructions for bf16, numbers are converted in between.
+        peak_fp32_flops_per_second_per_thread, peak_bf16_flops_per_second_per_thread,
+            peak_int8_ops_per_second_per_thread: of vector instructions; multiply and add count as two.
+            Without instructions for bf16 or 8-bit integers, numbers are converted in between.
         peak_amx_flops_per_second_per_thread: of AMX on bf16 tiles; 0 without AMX.
         l1_bytes_per_thread, l2_bytes_per_thread, l3_bytes: data caches; L3 is shared.
         l2_bytes_per_second_per_thread, l3_bytes_per_second, dram_bytes_per_second: streaming rates,
@@ -58,6 +59,7 @@ class DeviceSpec(Figures):
     vector_registers: int
     peak_fp32_flops_per_second_per_thread: float
     peak_bf16_flops_per_second_per_thread: float
+    peak_int8_ops_per_second_per_thread: float
     l1_bytes_per_thread: int
     l2_bytes_per_thread: int
     l3_bytes: int
@@ -94,16 +96,16 @@ class DeviceSpec(Figures):
 
     def peak_flops_per_second(self, dtype: str = "float32") -> float:
         """All threads together."""
-        low = dtype == "bfloat16"
-        peak = (
-            self.peak_bf16_flops_per_second_per_thread if low else self.peak_fp32_flops_per_second_per_thread
-        )
-        return self.threads * peak
+        peaks = {
+            "bfloat16": self.peak_bf16_flops_per_second_per_thread,
+            "uint8": self.peak_int8_ops_per_second_per_thread,
+            "int8": self.peak_int8_ops_per_second_per_thread,
+        }
+        return self.threads * peaks.get(dtype, self.peak_fp32_flops_per_second_per_thread)
 
-    @property
-    def multiplies_bf16(self) -> bool:
-        """Whether there are instructions for products of bf16 numbers."""
-        return self.peak_bf16_flops_per_second_per_thread > self.peak_fp32_flops_per_second_per_thread
+    def multiplies(self, dtype: str) -> bool:
+        """Whether there are instructions that add up products of several such numbers in each lane."""
+        return self.peak_flops_per_second(dtype) > 1.5 * self.peak_flops_per_second()
 
     @property
     def has_amx(self) -> bool:
@@ -241,6 +243,7 @@ _AVX512_2CORE = DeviceSpec(
     vector_registers=32,
     peak_fp32_flops_per_second_per_thread=268e9,
     peak_bf16_flops_per_second_per_thread=600e9,
+    peak_int8_ops_per_second_per_thread=1140e9,
     l1_bytes_per_thread=48 * KIB,
     l2_bytes_per_thread=1 * MIB,
     l3_bytes=32 * MIB,
@@ -271,6 +274,7 @@ _AVX512_16CORE = (
         threads=16,
         peak_fp32_flops_per_second_per_thread=166e9,
         peak_bf16_flops_per_second_per_thread=332e9,
+        peak_int8_ops_per_second_per_thread=664e9,
         l2_bytes_per_thread=2 * MIB,
         l3_bytes=30 * MIB,
         l2_bytes_per_second_per_thread=100e9,
@@ -316,6 +320,7 @@ _AVX2_4CORE = (
         vector_registers=16,
         peak_fp32_flops_per_second_per_thread=115e9,
         peak_bf16_flops_per_second_per_thread=80e9,
+        peak_int8_ops_per_second_per_thread=115e9,
         l1_bytes_per_thread=32 * KIB,
         l2_bytes_per_thread=256 * KIB,
         l3_bytes=8 * MIB,
@@ -337,6 +342,7 @@ _PORTABLE_2CORE = _AVX2_4CORE.with_figures(
     threads=2,
     peak_fp32_flops_per_second_per_thread=24e9,
     peak_bf16_flops_per_second_per_thread=16e9,
+    peak_int8_ops_per_second_per_thread=24e9,
     l3_bytes_per_second=40e9,
     dram_bytes_per_second=20e9,
     efficiency={

@@ -62,10 +62,10 @@ def _conv_reference(
     weight = unpack_weight(
         values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size, layout_of(kernel)
     )
-    return _dense_conv(x, weight, bias, stride, padding, dilation, channels_last)
+    return dense_conv(x, weight, bias, stride, padding, dilation, channels_last)
 
 
-def _dense_conv(
+def dense_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -74,11 +74,13 @@ def _dense_conv(
     dilation: Sequence[int],
     channels_last: bool,
     groups: int = 1,
+    fill: float = 0,
 ) -> Tensor:
+    """Torch's convolution; `padding` is `(before, after)` of each dimension in turn, and holds `fill`."""
     pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
     before = [lo for lo, _ in pairs]
-    if any(lo != hi or lo < 0 for lo, hi in pairs):
-        x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair])
+    if fill or any(lo != hi or lo < 0 for lo, hi in pairs):
+        x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair], value=fill)
         before = [0] * len(pairs)
     conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(pairs) - 1]
     out = conv(x, weight, bias, list(stride), before, list(dilation), groups)
@@ -99,13 +101,27 @@ def _conv_fake(
     channels_last: bool,
     kernel: str,
 ) -> Tensor:
+    return conv_output(x, x.dtype, out_channels, kernel_size, stride, padding, dilation, channels_last)
+
+
+def conv_output(
+    x: Tensor,
+    dtype: torch.dtype,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+) -> Tensor:
+    """An empty tensor for the result of `dense_conv`."""
     spatial = [
         (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i, size in enumerate(x.shape[2:])
     ]
     memory_format = memory_format_of(len(kernel_size), channels_last)
     shape = (x.shape[0], out_channels, *spatial)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
 
 
 def _depthwise_reference(
@@ -120,7 +136,7 @@ def _depthwise_reference(
     kernel: str,
 ) -> Tensor:
     filters = weight.t().reshape(x.shape[1], 1, *kernel_size)
-    return _dense_conv(x, filters, bias, stride, padding, dilation, channels_last, groups=x.shape[1])
+    return dense_conv(x, filters, bias, stride, padding, dilation, channels_last, groups=x.shape[1])
 
 
 def _depthwise_fake(

@@ -1,8 +1,9 @@
 """Weights as kernels read them: kept tiles, a table of where each belongs, and a schedule.
 
 CPU kernels read tiles `[bw, bh]`, so that a vector runs along output channels; those for bf16 read pairs of
-input channels, `[bw / 2, bh, 2]`, as the instructions do that multiply bf16 (VNNI order). GPU kernels read
-`[bh, bw]`, so that both operands of a matrix instruction run along input channels.
+input channels, `[bw / 2, bh, 2]`, those for 8-bit integers four, `[bw / 4, bh, 4]`, as the instructions do
+that multiply these (VNNI order). GPU kernels read `[bh, bw]`, so that both operands of a matrix instruction
+run along input channels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch import Tensor
 from .errors import PatternError
 from .pattern import BlockPattern, gather_tiles
 
-INPUT_MAJOR, INPUT_PAIRS, OUTPUT_MAJOR = "input_major", "input_pairs", "output_major"
+INPUT_MAJOR, INPUT_PAIRS, INPUT_QUADS = "input_major", "input_pairs", "input_quads"
+OUTPUT_MAJOR = "output_major"
+_TOGETHER = {INPUT_PAIRS: 2, INPUT_QUADS: 4}
+"""Neighbouring input channels that lie together."""
 
 STEP_CHANNELS = 64
 """Kernels may multiply several narrow tiles at a time, of this many channels together."""
@@ -27,8 +31,8 @@ class PackedWeight(NamedTuple):
     """A block-sparse weight as the kernels read it.
 
     Attributes:
-        values: `[n, bw, bh]` (input-major), `[n, bw / 2, bh, 2]` (pairs) or `[n, bh, bw]` (output-major),
-            zero-filled where a tile is ragged.
+        values: `[n, bw, bh]` (input-major), `[n, bw / 2, bh, 2]` (pairs), `[n, bw / 4, bh, 4]` (quads) or
+            `[n, bh, bw]` (output-major), zero-filled where a tile is ragged.
         row_ptr: int32, 2-D: which tiles each program of the kernel multiplies. Its form belongs to the
             kernel family; see the functions that make it.
         tile_index: int32 `[3, n]`: first input channel, tap and out-block of each tile. No tile reads
@@ -59,8 +63,8 @@ def pack_weight(weight: Tensor, pattern: BlockPattern, layout: str = INPUT_MAJOR
     row_ptr[0, 1:] = torch.bincount(slot, minlength=row_ptr.shape[1] - 1).cumsum(0)
     if layout == INPUT_MAJOR:
         values = values.transpose(1, 2)
-    elif layout == INPUT_PAIRS:
-        values = values.unflatten(2, (-1, 2)).transpose(1, 2)
+    elif layout in _TOGETHER:
+        values = values.unflatten(2, (-1, _TOGETHER[layout])).transpose(1, 2)
     device = weight.device
     return PackedWeight(values.contiguous(), row_ptr.to(device), tile_index.to(device))
 
@@ -149,7 +153,7 @@ def unpack_weight(
     """
     if layout == INPUT_MAJOR:
         values = values.transpose(1, 2)
-    elif layout == INPUT_PAIRS:
+    elif layout in _TOGETHER:
         values = values.transpose(1, 2).flatten(2)
     n, bh, bw = values.shape
     taps, block_rows = math.prod(kernel_size), -(-out_channels // bh)

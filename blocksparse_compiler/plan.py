@@ -30,7 +30,8 @@ class Site:
         stride, dilation, output_padding: one entry per spatial dimension; `()` for linear.
         padding: `(before, after)` per spatial dimension.
         input_shape: `[N, C, *spatial]`, or `[*rows, C]` for linear.
-        dtype, device: `"float32"`, `"cpu"` …
+        dtype, device: `"float32"`, `"cpu"` …; `"uint8"` or `"int8"` of a quantized input, where the weights
+            are int8.
         bias: whether the layer adds a bias.
         epilogue: names of the pointwise ops that follow (`("relu",)`).
     """
@@ -55,6 +56,10 @@ class Site:
     @property
     def transposed(self) -> bool:
         return self.op.startswith("conv_transpose")
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype in ("uint8", "int8")
 
     @property
     def output_spatial(self) -> tuple[int | str, ...]:

@@ -28,6 +28,7 @@ from .devices import AnyDevice
 from .devices import device as present_device
 from .passes.choose_kernels import find_patterns, traced_sizes
 from .passes.find_sites import sites_with_calls
+from .passes.lower_quantized import lower_quantized
 from .passes.lower_sites import lower_sites
 from .passes.static_values import StaticValues
 from .pattern import BlockPattern, BlockShape
@@ -57,6 +58,8 @@ def layer_graph(site: Site, weight: Tensor, hints: cost.Hints | None = None) -> 
     shape = [int(cost.value(cost.symbolic(size), hints)) for size in site.input_shape]
     placed: Any = {"device": weight.device, "dtype": weight.dtype}
     x = torch.randn(shape, **placed)
+    if site.is_quantized:
+        x = x.mul(32).to(getattr(torch, site.dtype))
     if len(site.kernel_size) in (2, 3):
         dims = len(site.kernel_size)
         x = x.to(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
@@ -67,11 +70,41 @@ def layer_graph(site: Site, weight: Tensor, hints: cost.Hints | None = None) -> 
     node = graph.placeholder("x")
     node.meta["val"] = x
     operands = [graph.get_attr("weight"), graph.get_attr("bias")]
-    node = _call(graph, site, node, operands)
-    graph.output((graph.call_function(torch.ops.aten.relu.default, (node,)),))
+    if site.is_quantized:
+        node, operands[0] = _dequantized(graph, site, node), _dequantized_weight(root, graph, weight)
+    node = graph.call_function(torch.ops.aten.relu.default, (_call(graph, site, node, operands),))
+    if site.is_quantized:
+        quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+        node = graph.call_function(quantize, (node, *_scale(site)))
+    graph.output((node,))
     gm = fx.GraphModule(root, graph)
     _record_meta(gm, x)
     return gm, x
+
+
+def _scale(site: Site) -> tuple[Any, ...]:
+    """Scale, zero point, bounds and type of activations; after a ReLU, zero is the smallest number."""
+    low = -128 if site.dtype == "int8" else 0
+    return 0.03, low, low, low + 255, getattr(torch, site.dtype)
+
+
+def _dequantized(graph: fx.Graph, site: Site, x: fx.Node) -> fx.Node:
+    return graph.call_function(
+        torch.ops.quantized_decomposed.dequantize_per_tensor.default, (x, *_scale(site))
+    )
+
+
+def _dequantized_weight(root: torch.nn.Module, graph: fx.Graph, weight: Tensor) -> fx.Node:
+    """Replaces the weight by one of bytes."""
+    scales = weight.flatten(1).abs().amax(1).clamp(min=1e-6) / 127
+    root.weight = (weight / scales.view(-1, *[1] * (weight.dim() - 1))).round().to(torch.int8)
+    root.register_buffer("scales", scales)
+    root.register_buffer("zero_points", torch.zeros(len(scales), dtype=torch.int64))
+    operands = [graph.get_attr(name) for name in ("weight", "scales", "zero_points")]
+    return graph.call_function(
+        torch.ops.quantized_decomposed.dequantize_per_channel.default,
+        (*operands, 0, -128, 127, torch.int8),
+    )
 
 
 def _call(graph: fx.Graph, site: Site, x: fx.Node, operands: list[fx.Node]) -> fx.Node:
@@ -124,14 +157,16 @@ def compile_candidate(
     shape = (site.out_channels, site.in_channels // site.groups, *site.kernel_size)
     if site.transposed:  # stored [C, O/groups, *kernel]
         shape = (site.in_channels, site.out_channels // site.groups, *site.kernel_size)
-    weight = torch.randn(shape, device=site.device, dtype=getattr(torch, site.dtype)) / max(1, shape[1])
+    dtype = torch.float32 if site.is_quantized else getattr(torch, site.dtype)
+    weight = torch.randn(shape, device=site.device, dtype=dtype) / max(1, shape[1])
     if pattern is not None and not site.transposed:
         weight = pattern.apply(weight)
     gm, x = layer_graph(site, weight, hints)
     if kernel != DENSE:
         call, found = sites_with_calls(gm)[0]
         here = Decision(replace(found, node=call.node.name), kernel, "measured", pattern, dict(config))
-        lower_sites(gm, Plan((here,)))
+        for lower in (lower_quantized, lower_sites):
+            lower(gm, Plan((here,)))
     return compile_graph(gm, [x]), x
 
 

@@ -1,4 +1,4 @@
-"""`blocksparse::conv` and `blocksparse::linear` as C++ kernels."""
+"""`blocksparse::conv`, `blocksparse::linear` and their quantized counterparts as C++ kernels."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ..cpu_spmm import SPMM, PixelTile, pixel_tiles
 from ..cpu_variants import RegisterTile, dtype_tile
 from ..variants import VARIANTS, KernelConfig
 from .cpu_amx_template import AmxTemplate, runs_amx, tiles_of
+from .cpu_int8_template import IntegerTemplate
 from .cpu_spmm_template import SparseRowsTemplate
 from .cpu_template import BlockSparseTemplate
 from .inductor_api import (
@@ -42,14 +43,33 @@ SHORT_SUM = 48
 def lower_linear(
     x: Any, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
 ) -> Any:
-    weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
+    return _lower_linear(_Weight(values, row_ptr, tile_index, bias, out_channels, kernel), x)
+
+
+def lower_quantized_linear(
+    x: Any,
+    values: Any,
+    row_ptr: Any,
+    tile_index: Any,
+    bias: Any,
+    scale: Any,
+    weight_sums: Any,
+    zero_point: int,
+    out_channels: int,
+    kernel: str,
+) -> Any:
+    tables = (values, row_ptr, tile_index, bias, out_channels, kernel)
+    return _lower_linear(_QuantizedWeight(*tables, scale, weight_sums, zero_point), x)
+
+
+def _lower_linear(weight: _Weight, x: Any) -> Any:
     weight.check(x, -1)
     *rows, channels = x.get_size()
     pixels = as_int(sympy.prod(rows))
     x = reshape(x, [pixels, channels])
     x = ir.ExternKernel.require_contiguous(x)
-    out = weight.multiply(x, 1, _row_of_pixels(pixels, int(channels)), [pixels, out_channels])
-    return reshape(out, [*rows, out_channels])
+    out = weight.multiply(x, 1, _row_of_pixels(pixels, int(channels)), [pixels, weight.out_channels])
+    return reshape(out, [*rows, weight.out_channels])
 
 
 def lower_conv(
@@ -67,6 +87,39 @@ def lower_conv(
     kernel: str,
 ) -> Any:
     weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
+    return _lower_conv(weight, x, kernel_size, stride, padding, dilation)
+
+
+def lower_quantized_conv(
+    x: Any,
+    values: Any,
+    row_ptr: Any,
+    tile_index: Any,
+    bias: Any,
+    scale: Any,
+    weight_sums: Any,
+    zero_point: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    kernel: str,
+) -> Any:
+    tables = (values, row_ptr, tile_index, bias, out_channels, kernel)
+    weight = _QuantizedWeight(*tables, scale, weight_sums, zero_point)
+    return _lower_conv(weight, x, kernel_size, stride, padding, dilation)
+
+
+def _lower_conv(
+    weight: _Weight,
+    x: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Any:
     weight.check(x, 1)
     if len(kernel_size) == 1:
         conv2d = functools.partial(_lower_conv2d, weight)
@@ -165,21 +218,29 @@ class _Weight:
         dtype = str(x.get_dtype()).removeprefix("torch.")
         if dtype not in VARIANTS[self.config.variant].dtypes or x.get_device().type != "cpu":
             raise Unsupported(f"{self.config.variant} is no kernel for {x.get_dtype()} on {x.get_device()}")
+        self._check_dtypes(x)
+        if not is_static(x.get_size()[channel_dim]):
+            raise Unsupported("symbolic channels")
+        self.in_channels = int(x.get_size()[channel_dim])
+
+    def _check_dtypes(self, x: Any) -> None:
         others = {t.get_dtype() for t in (self.operands[0], *self.operands[3:])} - {x.get_dtype()}
         if others:
             raise Unsupported(
                 f"weights and bias of {', '.join(map(str, others))} on inputs of {x.get_dtype()}"
             )
-        self.dtype = dtype
-        if not is_static(x.get_size()[channel_dim]):
-            raise Unsupported("symbolic channels")
-        self.in_channels = int(x.get_size()[channel_dim])
+        self.dtype = str(x.get_dtype()).removeprefix("torch.")
 
     def tile(self) -> RegisterTile:
-        tile = dtype_tile(self.dtype, self.block_shape, *vectors_of_isa(), _multiplies_bf16())
+        packed = self._multiplies_packed()
+        tile = dtype_tile(self.dtype, self.block_shape, *vectors_of_isa(), packed)
         if tile is None:
             raise Unsupported(f"block height {self.block_shape[0]}")
         return replace(tile, pixels=min(tile.pixels, int(self.config.parameters.get("pixels", tile.pixels))))
+
+    def _multiplies_packed(self) -> bool:
+        """Whether the instructions multiply pairs of bf16 numbers (AVX512-BF16)."""
+        return vectors_of_isa()[0] == 16 and torch.cpu._is_avx512_bf16_supported()
 
     def mean_products(self) -> float:
         """Kept weights of an output channel, averaged over the channels."""
@@ -192,15 +253,14 @@ class _Weight:
         nodes = [ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in operands]
         for node in nodes:
             node.freeze_layout()
-        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), shape)
+        layout = ir.FixedLayout(x.get_device(), self.output_dtype(x), shape)
         if self.config.variant == SPMM.name:
             return self._sparse_rows(nodes, layout, images, conv)
         if self.config.variant == AMX.name and (out := self._amx(nodes, layout, images, conv)):
             return out
-        is_fp32 = self.dtype == "float32"
         tile = self.tile()
         flat = flat_tiling(conv.output_size[1], tile.pixels) if conv.is_flat(images) else None
-        template = BlockSparseTemplate(
+        template = self.template(
             nodes,
             layout,
             parallel_num_threads(),
@@ -210,11 +270,23 @@ class _Weight:
             tiling=flat or row_tiling(images, conv, tile.pixels),
             block_shape=self.block_shape,
             parameters=dict(self.config.parameters),
-            # Rounding a low-precision output loses more than any order of its fp32 sum.
-            flush=-(-LONGEST_SUM // self.block_shape[1]) if is_fp32 else 0,
-            bias_first=tile.split == 1 and (not is_fp32 or self.mean_products() <= SHORT_SUM),
+            **self.arithmetic(tile),
         )
         return template.generate().output_node()
+
+    template: type[BlockSparseTemplate] = BlockSparseTemplate
+
+    def output_dtype(self, x: Any) -> torch.dtype:
+        return x.get_dtype()
+
+    def arithmetic(self, tile: RegisterTile) -> dict[str, Any]:
+        """What the template needs to know about numbers."""
+        is_fp32 = self.dtype == "float32"
+        return {
+            # Rounding a low-precision output loses more than any order of its fp32 sum.
+            "flush": -(-LONGEST_SUM // self.block_shape[1]) if is_fp32 else 0,
+            "bias_first": tile.split == 1 and (not is_fp32 or self.mean_products() <= SHORT_SUM),
+        }
 
     def _amx(self, nodes: list[Any], layout: Any, images: Any, conv: ConvGeometry) -> Any | None:
         """None where it cannot run: the kernel for vectors reads the same weights."""
@@ -265,13 +337,53 @@ class _Weight:
         )
 
 
+class _QuantizedWeight(_Weight):
+    """A packed int8 weight, and what makes outputs of its sums."""
+
+    template = IntegerTemplate
+
+    def __init__(
+        self,
+        values: Any,
+        row_ptr: Any,
+        tile_index: Any,
+        bias: Any,
+        out_channels: int,
+        kernel: str,
+        scale: Any,
+        weight_sums: Any,
+        zero_point: int,
+    ) -> None:
+        super().__init__(values, row_ptr, tile_index, bias, out_channels, kernel)
+        self.operands[3:3] = [without_offset(scale), without_offset(weight_sums)]
+        self.zero_point = zero_point
+
+    def _check_dtypes(self, x: Any) -> None:
+        values, _, _, *tables = (t.get_dtype() for t in self.operands)
+        if (
+            values != torch.int8
+            or tables[:2] != [torch.float32, torch.int32]
+            or tables[2:] not in ([], [torch.float32])
+        ):
+            raise Unsupported(
+                f"weights of {values} with scale, sums and bias of {', '.join(map(str, tables))}"
+            )
+        self.dtype = str(x.get_dtype()).removeprefix("torch.")
+
+    def _multiplies_packed(self) -> bool:
+        """Whether the instructions multiply bytes (VNNI)."""
+        isa = vectors_of_isa()[0]
+        return torch.cpu._is_vnni_supported() if isa == 16 else False
+
+    def output_dtype(self, x: Any) -> torch.dtype:
+        return torch.float32
+
+    def arithmetic(self, tile: RegisterTile) -> dict[str, Any]:
+        return {"zero_point": self.zero_point, "signed": self.dtype == "int8"}
+
+
 def vectors_of_isa() -> tuple[int, int]:
     """Floats of a vector, and number of registers, of the instructions that Inductor compiles for."""
     isa = pick_vec_isa()
     lanes = isa.nelements() if isa else 4
     return lanes, 32 if lanes == 16 else 16
-
-
-def _multiplies_bf16() -> bool:
-    """Whether those instructions multiply pairs of bf16 numbers (AVX512-BF16)."""
-    return vectors_of_isa()[0] == 16 and torch.cpu._is_avx512_bf16_supported()

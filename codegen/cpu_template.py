@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from ..cpu_variants import RegisterTile
-from .epilogue import FusedEpilogue, as_matrix, reindexer, round_natively, unroll
+from .epilogue import FusedEpilogue, as_matrix, clamp_natively, reindexer, round_natively, unroll
 from .inductor_api import DTYPE_TO_CPP, KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
 from .tiling import ConvGeometry, Size, Tiling, all_static
 
@@ -43,6 +43,8 @@ class BlockSparseTemplate(CppTemplate):
     headers: tuple[str, ...] = ("block_sparse.h",)
     operands: tuple[str, ...] = ("Values", "RowPtr", "TileIndex")
     """Names of the inputs between the activations and the bias."""
+    tables: tuple[str, ...] = ("Bias",)
+    """Those inputs that hold a number for each output channel; the bias may be missing."""
 
     def __init__(
         self,
@@ -102,7 +104,12 @@ class BlockSparseTemplate(CppTemplate):
             "pixels": pixels,
             "channels": int(channels),
             "block_rows": -(-int(channels) // self.block_shape[0]),
+            "tables": {
+                name: DTYPE_TO_CPP[node.get_dtype()] for name, node in inputs.items() if name in self.tables
+            },
             "has_bias": "Bias" in inputs,
+            "more": "",
+            "fill": 0,
             "store": functools.partial(
                 self._store,
                 kernel,
@@ -183,4 +190,4 @@ class BlockSparseTemplate(CppTemplate):
         target = kernel.slice_nd(matrix, [(f"m_start + {begin}", f"m_start + {end}"), ("c_start", c_end)])
         offsets = (f"m_start + {begin}", "c_start")
         code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
-        return unroll(round_natively(code))
+        return unroll(clamp_natively(round_natively(code)))

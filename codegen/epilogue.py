@@ -33,6 +33,36 @@ def round_natively(code: str) -> str:
     return _TO_BF16.sub("block_sparse::to_bf16(", code)
 
 
+_NUMBER = re.compile(
+    r"auto (tmp\d+) = static_cast<float>\([-\d.]+\);\s+auto (tmp\d+) = at::vec::Vectorized<float>\(\1\);"
+)
+_BOUND = re.compile(r"at::vec::(max|min)imum\((tmp\d+), (tmp\d+)\)")
+_TO_BYTES = re.compile(
+    r"auto (tmp\d+) = at::vec::clamp_max\(([^;]+);(\s+auto tmp\d+ = )at::vec::convert<(u?int8_t)>\(\1\)"
+)
+
+
+def clamp_natively(code: str) -> str:
+    """Clamps between numbers, as in quantizing, with one instruction for each bound.
+
+    Inductor's `maximum` looks for NaN in both operands; `clamp_min` gives NaN for NaN, too, if the bound is
+    none. Bytes made of numbers so clamped need no bounds of their own (`to_bytes` in block_sparse.h).
+    """
+    numbers = {name for _, name in _NUMBER.findall(code)}
+
+    def clamp(call: re.Match[str]) -> str:
+        kind, value, bound = call.groups()
+        return (
+            f"at::vec::clamp_{'min' if kind == 'max' else 'max'}({value}, {bound})"
+            if bound in numbers
+            else call[0]
+        )
+
+    return _TO_BYTES.sub(
+        r"auto \1 = at::vec::clamp_max(\2;\3block_sparse::to_bytes<\4>(\1)", _BOUND.sub(clamp, code)
+    )
+
+
 def unroll(code: str) -> str:
     """Unrolls the loops over the tile, so that the C++ compiler can keep the tile in registers.
 

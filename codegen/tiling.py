@@ -12,7 +12,7 @@ import sympy
 Size = Any
 """An int or a sympy expression."""
 
-INSIDE, LEFT, RIGHT, WIDE = 0, 1, 2, 4
+INSIDE, LEFT, RIGHT, WIDE, PADDED = 0, 1, 2, 4, 8
 """How a tap can leave the image within a segment; the kernel's `Border`."""
 
 

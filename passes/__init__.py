@@ -14,6 +14,7 @@ from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .fold_zero_blocks import fold_zero_blocks
 from .insert_block_scales import insert_block_scales
+from .lower_quantized import lower_quantized
 from .lower_sites import lower_sites
 from .lower_training import lower_training
 from .permute_channels import permute_channels
@@ -31,6 +32,7 @@ __all__ = [
     "fold_constants",
     "fold_zero_blocks",
     "insert_block_scales",
+    "lower_quantized",
     "lower_sites",
     "lower_training",
     "permute_channels",

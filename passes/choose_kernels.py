@@ -32,6 +32,7 @@ from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
 from .permute_channels import NOTE
+from .quantized_calls import quantized_call
 from .static_values import StaticValues
 
 MOST_SCATTERED = 0.5
@@ -81,15 +82,68 @@ def choose_kernels(
             site = replace(site, device=device.type)
         weight = values.get(call.weight)
         if site.name in given:
+            if site.is_quantized:
+                site = replace(site, dtype=given[site.name].site.dtype)  # or fp32, which runs it as well
             decisions.append(_obey(given[site.name], site, weight, spec))
         elif weight is None or weight.is_meta or weight.layout != torch.strided:
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
-            patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape, site.dtype))
-            decision = cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints)
+            if site.is_quantized and not _has_symmetric_weight(call, values):
+                site = replace(site, dtype="float32")  # as which Inductor runs it, too
+            choose = _choose_quantized if site.is_quantized else _choose
+            decide = functools.partial(choose, call, site, weight, spec, block_shape)
+            decision = decide(allow_dense=allow_dense, hints=hints)
             decisions.append(_with_note(decision, call.node.meta.get(NOTE)))
         names.setdefault(spec.name)
     return Plan(tuple(decisions), "+".join(names) or present_device("cpu").name)
+
+
+def _has_symmetric_weight(call: LayerCall, values: StaticValues) -> bool:
+    quantized = quantized_call(call.node)
+    return quantized is not None and quantized.weight_scale(values) is not None
+
+
+def _choose(
+    call: LayerCall,
+    site: Site,
+    weight: Tensor,
+    spec: AnyDevice,
+    block_shape: BlockShape | None,
+    *,
+    allow_dense: bool,
+    hints: cost.Hints,
+) -> Decision:
+    patterns = find_patterns(call, site, weight, block_shapes(site.device, block_shape, site.dtype))
+    return cost.choose(site, patterns, spec, allow_dense=allow_dense, hints=hints)
+
+
+def _choose_quantized(
+    call: LayerCall,
+    site: Site,
+    weight: Tensor,
+    spec: AnyDevice,
+    block_shape: BlockShape | None,
+    *,
+    allow_dense: bool,
+    hints: cost.Hints,
+) -> Decision:
+    """In integers; in fp32, on the dequantized input, where that is estimated to be faster still."""
+    choose = functools.partial(_choose, call, weight=weight, spec=spec, block_shape=block_shape, hints=hints)
+    integers = choose(site=site, allow_dense=allow_dense)
+    floats = choose(site=replace(site, dtype="float32"), allow_dense=allow_dense)
+    if floats.is_dense or floats.pattern is None:
+        return integers
+    seconds, dense = floats.estimates[floats.kernel], integers.estimates[DENSE]
+    best = cost.MARGIN * dense if allow_dense else math.inf
+    if seconds >= (best if integers.is_dense else integers.estimates[integers.kernel]):
+        return integers
+    reason = cost.why_sparse(floats.pattern, seconds, dense, forced=not allow_dense)
+    why_not = integers.reason.removeprefix("stays dense: ")
+    return replace(
+        floats,
+        reason=f"{reason}; in fp32, as in integers {why_not}",
+        estimates={**floats.estimates, DENSE: dense},
+    )
 
 
 def _with_note(decision: Decision, note: str | None) -> Decision:

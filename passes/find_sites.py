@@ -7,6 +7,7 @@ from torch.fx import GraphModule, Node
 
 from ..plan import Site
 from .calls import LayerCall, layer_call, layer_name, tensor_meta
+from .quantized_calls import quantized_call
 
 _POINTWISE = {
     "relu", "relu_", "relu6", "hardtanh", "hardtanh_", "silu", "silu_", "gelu", "hardswish", "hardswish_",
@@ -46,6 +47,7 @@ def _site(call: LayerCall) -> Site | None:
     out_channels, in_channels = shape[0], shape[1] * call.groups
     if call.transposed:
         out_channels, in_channels = shape[1] * call.groups, shape[0]
+    quantized = quantized_call(call.node)
     return Site(
         name=layer_name(call.node),
         node=call.node.name,
@@ -59,7 +61,7 @@ def _site(call: LayerCall) -> Site | None:
         dilation=call.dilation,
         output_padding=call.output_padding if call.transposed else (),
         input_shape=tuple(_size(s) for s in x.shape),
-        dtype=str(out.dtype).removeprefix("torch."),
+        dtype=str(quantized.dtype if quantized else out.dtype).removeprefix("torch."),
         device=str(x.device),
         bias=call.bias is not None,
         epilogue=_epilogue(call.node),

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from .calls import layer_call, norm_call
+from .quantized_calls import quantized_call
 from .static_values import StaticValues, erase_unused, set_constant
 
 
@@ -22,7 +23,9 @@ def fold_constants(gm: GraphModule) -> int:
         call = layer_call(node) or norm_call(node)
         if call is None:
             continue
-        for operand in (call.weight, call.bias):
+        # Who runs a quantized layer needs its weight in integers: Inductor too, where it stays dense.
+        weight = None if quantized_call(node) else call.weight
+        for operand in (weight, call.bias):
             if isinstance(operand, Node) and operand.op != "get_attr" and values.is_static(operand):
                 folded += _replace(gm, node, operand, values)
     if folded:

@@ -19,13 +19,13 @@ from .static_values import StaticValues, erase_unused, set_constant
 
 
 def lower_sites(gm: GraphModule, plan: Plan) -> int:
-    """Rewrites `gm` in place; returns the number of sites lowered.
+    """Rewrites `gm` in place; returns the number of sites lowered, quantized ones apart.
 
     Raises:
         PlanError: if a decision names a node that is not in the graph. Nothing is changed then.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
-    work = [(_call(nodes, decision).node, decision) for decision in plan if not decision.is_dense]
+    work = [(_call(nodes, decision).node, decision) for decision in plan if _is_ours(decision)]
     values = StaticValues(gm)
     for node, decision in work:
         call = layer_call(node)  # read again: the layer before it may have been replaced
@@ -35,6 +35,10 @@ def lower_sites(gm: GraphModule, plan: Plan) -> int:
         remove_unused_constants(gm)
         gm.recompile()
     return len(work)
+
+
+def _is_ours(decision: Decision) -> bool:
+    return not decision.is_dense and not decision.site.is_quantized  # those are for lower_quantized
 
 
 def _call(nodes: dict[str, Node], decision: Decision) -> LayerCall:

@@ -16,6 +16,7 @@ from ..plan import Plan
 from .choose_kernels import choose_kernels
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
+from .lower_quantized import lower_quantized
 from .lower_sites import lower_sites
 from .permute_channels import permute_channels
 
@@ -58,6 +59,7 @@ PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
     ("fold_batch_norm", lambda gm, _: fold_batch_norm(gm)),
     ("permute_channels", lambda gm, _: permute_channels(gm)),
     ("choose_kernels", _choose),
+    ("lower_quantized", lambda gm, context: lower_quantized(gm, context.plan)),
     ("lower_sites", lambda gm, context: lower_sites(gm, context.plan)),
 )
 

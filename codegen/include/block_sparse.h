@@ -72,6 +72,18 @@ BLOCK_SPARSE_INLINE auto to_bf16(const at::vec::VectorizedN<float, 2>& a) {
 }
 #endif
 
+#if defined(INDUCTOR_USE_VECTOR_TYPES) && INDUCTOR_USE_VECTOR_TYPES()
+// Cuts off fractions of numbers that a byte can hold.
+template <class Byte>
+BLOCK_SPARSE_INLINE auto to_bytes(const at::vec::Vectorized<float>& a) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return at::vec::Vectorized<Byte>(_mm512_castsi128_si512(_mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a))));
+#else
+  return at::vec::convert<Byte>(a);
+#endif
+}
+#endif
+
 // How a vector holds LANES / SPLIT output channels: each in SPLIT neighbouring lanes, one for each of SPLIT
 // neighbouring input channels. Blocks lower than a vector so use all its lanes.
 template <int LANES, int SPLIT>
@@ -140,37 +152,73 @@ struct Channels<8, 2> : Lanes<8> {
 };
 #endif
 
+// The kept tiles of one block row: `values[b]` is [BW][BH], `row_ptr` has one entry per tap.
+template <class Element>
+struct BlockRow {
+  const Element* values;
+  const int32_t *row_ptr, *channel_offset;
+  const Element* bias;  // BH of them, or null
+};
+
 // The same on weights and inputs in memory as Elements: a product consumes DEPTH neighbouring input channels.
 template <class Element, int LANES, int SPLIT>
 struct Operands;
 
-template <int LANES, int SPLIT>
-struct Operands<float, LANES, SPLIT> : Channels<LANES, SPLIT> {
-  static constexpr int DEPTH = SPLIT;
+// Outputs are made of the sums of j-th vectors: `first` is what sums start from, `finish` what comes last.
+template <class Element, int LANES, int SPLIT>
+struct FloatOperands : Channels<LANES, SPLIT> {
+  using Weight = Element;
+  using Row = BlockRow<Element>;
+  using Value = typename Channels<LANES, SPLIT>::Value;
   using Outputs = typename Channels<LANES, SPLIT>::Outputs;
-  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const float* p) { return Outputs::load(p); }
+  static constexpr int CHANNELS = LANES / SPLIT;  // of one vector
+
+  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const Element* p) {
+    if constexpr (std::is_same<Element, float>::value) {
+      return Outputs::load(p);
+    } else {
+      alignas(64) float floats[CHANNELS];
+#pragma GCC unroll 16
+      for (int i = 0; i < CHANNELS; ++i) floats[i] = static_cast<float>(p[i]);
+      return Outputs::load(floats);
+    }
+  }
+  BLOCK_SPARSE_INLINE Value first(const Row& row, int j) {
+    return row.bias ? outputs(row.bias + j * CHANNELS) : Value{};
+  }
+  struct Last {
+    bool add;
+    typename Outputs::Value bias;
+  };
+  template <bool BIAS_FIRST>
+  BLOCK_SPARSE_INLINE Last last(const Row& row, int j) {
+    const bool add = !BIAS_FIRST && row.bias;
+    return {add, add ? outputs(row.bias + j * CHANNELS) : typename Outputs::Value{}};
+  }
+  BLOCK_SPARSE_INLINE typename Outputs::Value finish(const Value& acc, const Last& last) {
+    const typename Outputs::Value y = Channels<LANES, SPLIT>::sums(acc);
+    return last.add ? y + last.bias : y;
+  }
+};
+
+template <int LANES, int SPLIT>
+struct Operands<float, LANES, SPLIT> : FloatOperands<float, LANES, SPLIT> {
+  static constexpr int DEPTH = SPLIT;
 };
 
 // bf16: a lane of 32 bits holds a pair of input channels, the second one in its upper half. Weights are packed
 // [channels / 2][outputs][2], so that loads and shuffles are those of fp32.
 template <int LANES, int SPLIT>
-struct Operands<at::BFloat16, LANES, SPLIT> : Channels<LANES, SPLIT> {
+struct Operands<at::BFloat16, LANES, SPLIT> : FloatOperands<at::BFloat16, LANES, SPLIT> {
   static constexpr int DEPTH = 2 * SPLIT;
   using Pairs = Channels<LANES, SPLIT>;
   using Value = typename Pairs::Value;
-  using Outputs = typename Pairs::Outputs;
 
   BLOCK_SPARSE_INLINE Value weights(const at::BFloat16* p) { return Pairs::weights(reinterpret_cast<const float*>(p)); }
   BLOCK_SPARSE_INLINE Value inputs(const at::BFloat16* p) {
     float pairs[SPLIT];
     std::memcpy(pairs, p, sizeof(pairs));
     return Pairs::inputs(pairs);
-  }
-  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const at::BFloat16* p) {
-    alignas(64) float floats[LANES / SPLIT];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES / SPLIT; ++i) floats[i] = static_cast<float>(p[i]);
-    return Outputs::load(floats);
   }
 
   typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -197,10 +245,9 @@ struct Operands<at::BFloat16, LANES, SPLIT> : Channels<LANES, SPLIT> {
 
 // fp16: converted as it is loaded.
 template <int LANES>
-struct Operands<at::Half, LANES, 1> : Channels<LANES, 1> {
+struct Operands<at::Half, LANES, 1> : FloatOperands<at::Half, LANES, 1> {
   static constexpr int DEPTH = 1;
   using Value = typename Channels<LANES, 1>::Value;
-  using Outputs = Lanes<LANES>;
 
   BLOCK_SPARSE_INLINE Value weights(const at::Half* p) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -221,7 +268,6 @@ struct Operands<at::Half, LANES, 1> : Channels<LANES, 1> {
     const float number = static_cast<float>(*p);
     return Lanes<LANES>::broadcast(&number);
   }
-  BLOCK_SPARSE_INLINE typename Outputs::Value outputs(const at::Half* p) { return weights(p); }
 };
 
 // What a convolution needs to know besides its strides along a row. Sizes in pixels, strides in elements.
@@ -238,16 +284,9 @@ struct Segment {
   int64_t row;
 };
 
-// The kept tiles of one block row: `values[b]` is [BW][BH], `row_ptr` has one entry per tap.
-template <class Element>
-struct BlockRow {
-  const Element* values;
-  const int32_t *row_ptr, *channel_offset;
-  const Element* bias;  // BH of them, or null
-};
-
 // How a tap can leave the image within one segment: by its first pixel, by its last, by any number of pixels.
-enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4 };
+// PADDED, besides WIDE: what lies outside is no zero, but whatever `zeros` holds, and counts.
+enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4, PADDED = 8 };
 
 // Weights stream through the caches, and hardware prefetchers stop at every page: asked for so many bytes ahead.
 constexpr int WEIGHTS_AHEAD = 8192;
@@ -276,7 +315,8 @@ struct Tile {
   using Vec = Operands<Element, LANES, SPLIT>;
   using Value = typename Vec::Value;
   using Outputs = typename Vec::Outputs;
-  using BlockRow = block_sparse::BlockRow<Element>;
+  using Weight = typename Vec::Weight;
+  using Row = typename Vec::Row;
   static constexpr int CHANNELS = LANES / SPLIT;  // of one vector
   static constexpr int PIXELS = SEGMENTS * SEGMENT;
   static constexpr int DEPTH = Vec::DEPTH;
@@ -284,14 +324,14 @@ struct Tile {
   static_assert(BW % DEPTH == 0 && (SPLIT == 1 || (BH == CHANNELS && !BIAS_FIRST)));
   typedef Value Accumulators[PIXELS][VECTORS];
 
-  BLOCK_SPARSE_INLINE Value weights(const Element* p) {
+  BLOCK_SPARSE_INLINE Value weights(const Weight* p) {
     if (PIXELS > 1) prefetch_weights(p);  // a lone pixel leaves enough time for loads to run ahead
     return Vec::weights(p);
   }
 
   // acc += x * w for one kept tile. SKIP names the pixel of each segment that is outside the image.
   template <int SKIP>
-  BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const Element* const (&x)[SEGMENTS], const Element* w) {
+  BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const Element* const (&x)[SEGMENTS], const Weight* w) {
 #pragma GCC unroll 1
     for (int k = 0; k < BW; k += DEPTH) {
       Value wk[VECTORS];
@@ -309,7 +349,7 @@ struct Tile {
   }
 
   // The same with any set of pixels outside the image: those read zeros.
-  BLOCK_SPARSE_INLINE void multiply_any(Accumulators& acc, const Element* const (&x)[PIXELS], const Element* w) {
+  BLOCK_SPARSE_INLINE void multiply_any(Accumulators& acc, const Element* const (&x)[PIXELS], const Weight* w) {
 #pragma GCC unroll 1
     for (int k = 0; k < BW; k += DEPTH) {
       Value wk[VECTORS];
@@ -327,7 +367,7 @@ struct Tile {
   // All kept tiles [begin, end) of one tap. A segment with mask 0 lies outside the image: x points at zeros.
   template <int SKIP>
   BLOCK_SPARSE_INLINE void multiply_tap(
-      Accumulators& acc, const Element* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], const BlockRow& row,
+      Accumulators& acc, const Element* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], const Row& row,
       int32_t begin, int32_t end) {
 #pragma GCC unroll 1
     for (int32_t b = begin; b < end; ++b) {
@@ -341,7 +381,7 @@ struct Tile {
   // The same where only pixels [first, last) of each segment are inside the image.
   BLOCK_SPARSE_INLINE void multiply_border_tap(
       Accumulators& acc, const Element* const (&x)[SEGMENTS], const int64_t (&mask)[SEGMENTS], int64_t first,
-      int64_t last, const Element* zeros, const BlockRow& row, int32_t begin, int32_t end) {
+      int64_t last, const Element* zeros, const Row& row, int32_t begin, int32_t end) {
 #pragma GCC unroll 1
     for (int32_t b = begin; b < end; ++b) {
       const Element* xb[PIXELS];
@@ -355,29 +395,33 @@ struct Tile {
     }
   }
 
-  BLOCK_SPARSE_INLINE void start(Accumulators& acc, const Element* bias) {
+  BLOCK_SPARSE_INLINE void clear(Accumulators& acc) {
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
-      Value b{};
-      if constexpr (BIAS_FIRST) {
-        if (bias) b = Vec::outputs(bias + j * LANES);
-      }
 #pragma GCC unroll 64
-      for (int p = 0; p < PIXELS; ++p) acc[p][j] = b;
+      for (int p = 0; p < PIXELS; ++p) acc[p][j] = Value{};
+    }
+  }
+
+  BLOCK_SPARSE_INLINE void start(Accumulators& acc, const Row& row) {
+    clear(acc);
+    if constexpr (BIAS_FIRST) {
+#pragma GCC unroll 8
+      for (int j = 0; j < VECTORS; ++j) {
+        const Value b = Vec::first(row, j);
+#pragma GCC unroll 64
+        for (int p = 0; p < PIXELS; ++p) acc[p][j] = b;
+      }
     }
   }
 
   // out[PIXELS][output channels]
-  BLOCK_SPARSE_INLINE void finish(const Accumulators& acc, float* out, const Element* bias) {
+  BLOCK_SPARSE_INLINE void finish(const Accumulators& acc, float* out, const Row& row) {
 #pragma GCC unroll 8
     for (int j = 0; j < VECTORS; ++j) {
-      const bool add = !BIAS_FIRST && bias;
-      const typename Outputs::Value b = add ? Vec::outputs(bias + j * CHANNELS) : typename Outputs::Value{};
+      const auto last = Vec::template last<BIAS_FIRST>(row, j);
 #pragma GCC unroll 64
-      for (int p = 0; p < PIXELS; ++p) {
-        const typename Outputs::Value y = Vec::sums(acc[p][j]);
-        Outputs::store(add ? y + b : y, out + (p * VECTORS + j) * CHANNELS);
-      }
+      for (int p = 0; p < PIXELS; ++p) Outputs::store(Vec::finish(acc[p][j], last), out + (p * VECTORS + j) * CHANNELS);
     }
   }
 
@@ -398,67 +442,73 @@ struct Tile {
   }
 
   BLOCK_SPARSE_INLINE void add(Accumulators& acc, const PartialSums& sums) {
-    if (!sums.flushed) return;
+    if constexpr (FLUSH != 0) {
+      if (!sums.flushed) return;
 #pragma GCC unroll 64
-    for (int p = 0; p < PIXELS; ++p) {
+      for (int p = 0; p < PIXELS; ++p) {
 #pragma GCC unroll 8
-      for (int j = 0; j < VECTORS; ++j) {
-        acc[p][j] = acc[p][j] + Vec::load(sums.total + (p * VECTORS + j) * LANES);
+        for (int j = 0; j < VECTORS; ++j) {
+          acc[p][j] = acc[p][j] + Vec::load(sums.total + (p * VECTORS + j) * LANES);
+        }
       }
     }
   }
 
   // The end of the part of tiles [begin, end) that fits the sum at hand; makes room if that is full.
   BLOCK_SPARSE_INLINE int32_t next_part(Accumulators& acc, PartialSums& sums, int32_t begin, int32_t end) {
-    if (FLUSH == 0) return end;
-    if (sums.tiles == FLUSH) {
-      add(acc, sums);
-      save(acc, sums);
-      start(acc, nullptr);
-      sums.flushed = true;
-      sums.tiles = 0;
+    if constexpr (FLUSH == 0) {
+      return end;
+    } else {
+      if (sums.tiles == FLUSH) {
+        add(acc, sums);
+        save(acc, sums);
+        clear(acc);
+        sums.flushed = true;
+        sums.tiles = 0;
+      }
+      const int32_t stop = std::min(end, begin + FLUSH - sums.tiles);
+      sums.tiles += stop - begin;
+      return stop;
     }
-    const int32_t stop = std::min(end, begin + FLUSH - sums.tiles);
-    sums.tiles += stop - begin;
-    return stop;
   }
 
   // A tile of a linear layer, or of a 1x1 convolution that reads pixel after pixel.
-  BLOCK_SPARSE_INLINE void linear(float* out, const Element* x, const BlockRow& row) {
+  BLOCK_SPARSE_INLINE void linear(float* out, const Element* x, const Row& row) {
     Accumulators acc;
     PartialSums sums;
-    start(acc, row.bias);
+    start(acc, row);
     const int32_t end = row.row_ptr[1];
     for (int32_t begin = row.row_ptr[0], stop; begin < end; begin = stop) {
       stop = next_part(acc, sums, begin, end);
       multiply_tap<INSIDE>(acc, {x}, {-1}, row, begin, stop);
     }
     add(acc, sums);
-    finish(acc, out, row.bias);
+    finish(acc, out, row);
   }
 
-  // A tile of a convolution. `zeros`: BW of them, or (SEGMENT - 1) * STEP + BW if there are several segments.
+  // A tile of a convolution. `zeros`: BW of them, or (SEGMENT - 1) * STEP + BW for several segments, not PADDED.
   template <int KH, int KW, int BORDER>
   BLOCK_SPARSE_INLINE void conv(
       float* out, const Segment<Element> (&segment)[SEGMENTS], int64_t column, const Geometry& g, const Element* zeros,
-      const BlockRow& block_row) {
+      const Row& block_row) {
     Accumulators acc;
     PartialSums sums;
-    start(acc, block_row.bias);
+    start(acc, block_row);
 #pragma GCC unroll 1
     for (int kh = 0; kh < KH; ++kh) {
       const Element* row[SEGMENTS];
       int64_t mask[SEGMENTS];
-      bool any = false;
+      bool any = false, all = true;
 #pragma GCC unroll 32
       for (int s = 0; s < SEGMENTS; ++s) {
         const int64_t ih = segment[s].row * g.stride_h - g.pad_top + kh * g.dilation_h;
         const bool inside = ih >= 0 && ih < g.height;
         any |= inside;
-        mask[s] = SEGMENTS == 1 ? -1 : -static_cast<int64_t>(inside);
+        all &= inside;
+        mask[s] = SEGMENTS == 1 && !(BORDER & PADDED) ? -1 : -static_cast<int64_t>(inside);
         row[s] = inside ? segment[s].image + ih * g.row_stride : zeros;
       }
-      if (!any) continue;
+      if (!any && !(BORDER & PADDED)) continue;
 #pragma GCC unroll 1
       for (int kw = 0; kw < KW; ++kw) {
         int32_t begin = block_row.row_ptr[kh * KW + kw];
@@ -470,12 +520,12 @@ struct Tile {
         for (int s = 0; s < SEGMENTS; ++s) x[s] = row[s] + (iw * g.pixel_stride & mask[s]);
         for (int32_t stop; begin < end; begin = stop) {
           stop = next_part(acc, sums, begin, end);
-          if (BORDER == INSIDE || !(left || right)) {
+          if (BORDER == INSIDE || !(left || right || (BORDER & PADDED && !all))) {
             multiply_tap<INSIDE>(acc, x, mask, block_row, begin, stop);
           } else if (BORDER & WIDE) {
             const int64_t first = left ? (-iw + g.stride_w - 1) / g.stride_w : 0;
             const int64_t last = (g.width - iw + g.stride_w - 1) / g.stride_w;
-            if (first < last && first < SEGMENT)
+            if (BORDER & PADDED || (first < last && first < SEGMENT))
               multiply_border_tap(acc, x, mask, first, last, zeros, block_row, begin, stop);
           } else if (SEGMENT > 1) {
             if ((BORDER & LEFT) && left) multiply_tap<LEFT>(acc, x, mask, block_row, begin, stop);
@@ -485,7 +535,7 @@ struct Tile {
       }
     }
     add(acc, sums);
-    finish(acc, out, block_row.bias);
+    finish(acc, out, block_row);
   }
 };
 

@@ -20,6 +20,7 @@ RANGES = {
     "vector_registers": (8, 64),
     "peak_fp32_flops_per_second_per_thread": (1e9, 1e12),
     "peak_bf16_flops_per_second_per_thread": (1e9, 1e13),
+    "peak_int8_ops_per_second_per_thread": (1e9, 1e13),
     "peak_amx_flops_per_second_per_thread": (1e11, 1e14),
     "l1_bytes_per_thread": (8 * 2**10, 512 * 2**10),
     "l2_bytes_per_thread": (64 * 2**10, 32 * 2**20),

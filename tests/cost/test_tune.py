@@ -81,6 +81,20 @@ def test_candidates_are_compiled_to_the_layer():
 # ---- timing ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+def test_quantized_candidates_compute_the_same(dtype):
+    site = linear_site(64, 32, (8,), dtype=dtype)
+    pattern = even_pattern(site, 0.5, (32, 16))
+    torch.manual_seed(0)
+    dense, x = tune.compile_candidate(site, pattern, DENSE, {})
+    torch.manual_seed(0)
+    run, same = tune.compile_candidate(site, pattern, "cpu_int8", {})
+    torch.testing.assert_close(same, x)
+    out, expected = run(x)[0], dense(x)[0]
+    assert out.dtype == expected.dtype == getattr(torch, dtype)
+    assert (out.int() - expected.int()).abs().max() <= 1 and out.unique().numel() > 8
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=4), st.integers(1, 400))
 def test_interleave_measures_each_call_in_turn(durations, budget):

@@ -16,6 +16,7 @@ FIXED = DeviceSpec(
     vector_registers=32,
     peak_fp32_flops_per_second_per_thread=250e9,
     peak_bf16_flops_per_second_per_thread=500e9,
+    peak_int8_ops_per_second_per_thread=1000e9,
     l1_bytes_per_thread=48 * 1024,
     l2_bytes_per_thread=1024 * 1024,
     l3_bytes=32 * 1024 * 1024,
