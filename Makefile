@@ -40,6 +40,7 @@ check: $(INSTALLED)  ## Check formatting, lint and types
 
 bench: $(INSTALLED)  ## Measure layers, models and compile time against the strongest dense baseline
 	$(RUN) -m benchmarks.layers
+	$(RUN) -m benchmarks.decode
 	$(RUN) -m benchmarks.models
 	$(RUN) -m benchmarks.compile_time
 	$(RUN) -m benchmarks.training

@@ -10,7 +10,8 @@ model decides (`auto`) and once with the sparse kernel forced, against the faste
 channels-last, the prepacked oneDNN operator and frozen Inductor with its C++ wrapper. Every call runs
 several layers of one shape on one input (`--copies`), as a network runs one layer after another: a lone
 layer would mostly show the fixed cost of a compiled call, which a network pays once, and would find its
-weights in the cache, which a network does not. Times are per layer.
+weights in the cache, which a network does not. Times are per layer. ONNX Runtime and OpenVINO run the dense
+layers too, where they are installed; not in turn with the others, as their threads spin between calls.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ import typer
 from torch import Tensor, nn
 
 from . import baselines, pictures, report
+from .engines import Several, engine_calls
 from .masks import random_mask
 from .ours import Ours, compile_layers
 from .shapes import CONVOLUTIONS, LINEARS, LinearShape, Shape
 from .timing import Call, interleave, keep_freed_memory
 
-BLOCKS = {"32x32": (32, 32), "16x16": (16, 16), "8x8": (8, 8)}
+SQUARES = {"32x32": (32, 32), "16x16": (16, 16), "8x8": (8, 8)}
+BLOCKS = {**SQUARES, "32x1": (32, 1), "16x1": (16, 1)}
 DENSITIES = (1.0, 0.75, 0.5, 0.25, 0.1)
 EPILOGUES = ("relu", "none")
 
@@ -56,7 +59,7 @@ def sparse_copy(layer: nn.Module, block_shape: tuple[int, int], density: float) 
 
 
 def measure(
-    case: Case, densities: tuple[float, ...], budget: float, copies: int = 1
+    case: Case, densities: tuple[float, ...], budget: float, copies: int = 1, engines: bool = False
 ) -> Iterator[dict[str, Any]]:
     """One row per density; all densities and all dense candidates take turns."""
     torch._dynamo.reset()
@@ -78,11 +81,14 @@ def measure(
         ours[density] = compile_layers(sparse, x, relu, block_shape)
         checks[density] = check(ours[density], sparse, x, relu)
         calls |= {f"{density}/{mode}": call for mode, call in ours[density].calls.items()}
-        if isinstance(case.shape, LinearShape) and density <= 0.5:  # it is slow: seconds at higher densities
+        square = block_shape[0] == block_shape[1]  # all that torch's block-sparse product runs
+        if isinstance(case.shape, LinearShape) and square and density <= 0.5:  # above, it takes seconds
             calls[f"{density}/torch_bsr"] = baselines.torch_bsr_linear(sparse, x, block_shape)
 
     timings = {name: t.to_json(copies) for name, t in interleave(calls, budget=budget).items()}
     dense = {name: timings[name] for name in dense_names}
+    others = engine_calls(Several(layers, relu), x) if engines and dtype == torch.float32 else {}
+    other_timings = interleave(others, budget=budget / 2) if others else {}
     for density in densities:
         prefix = f"{density}/"
         mine = {n.removeprefix(prefix): t for n, t in timings.items() if n.startswith(prefix)}
@@ -99,6 +105,9 @@ def measure(
             "kernel": ours[density].kernel,
             "dense": dense,
             "torch_bsr": bsr,
+            "engines": {name: t.to_json(copies) for name, t in other_timings.items()},
+            "threads": torch.get_num_threads(),
+            "copies": copies,
             "ours": mine,
             "best_dense": report.best(dense),
             "speedup": {mode: report.speedup(dense, t) for mode, t in mine.items()},
@@ -143,13 +152,15 @@ def all_cases(
 
 def run(
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [8, 1],  # noqa: B006
-    block: Annotated[list[str], typer.Option(help="Block shapes.")] = list(BLOCKS),  # noqa: B006
+    block: Annotated[list[str], typer.Option(help="Block shapes.")] = list(SQUARES),  # noqa: B006
     density: Annotated[list[float], typer.Option(help="Kept fractions.")] = list(DENSITIES),  # noqa: B006
     epilogue: Annotated[list[str], typer.Option(help="relu, none.")] = list(EPILOGUES),  # noqa: B006
     shape: Annotated[str, typer.Option(help="Only shapes whose name contains this.")] = "",
     linear: Annotated[bool, typer.Option(help="Also BERT's linear layers.")] = True,
     dtype: Annotated[str, typer.Option(help="Of weights and activations: float32, bfloat16.")] = "float32",
-    copies: Annotated[int, typer.Option(help="Layers of one shape per call.")] = 4,
+    copies: Annotated[int, typer.Option(help="Layers of one shape per call; more at batch 1.")] = 4,
+    threads: Annotated[int, typer.Option(help="0: as many as torch takes by itself.")] = 0,
+    engines: Annotated[bool, typer.Option(help="Also ONNX Runtime and OpenVINO.")] = True,
     budget: Annotated[float, typer.Option(help="Seconds of timing per group.")] = 0.3,
     merge: Annotated[bool, typer.Option(help="Keep the other rows of an existing results file.")] = False,
     name: Annotated[
@@ -160,16 +171,21 @@ def run(
     name = name or report.with_dtype("layers", dtype)
     cases = [case for case in all_cases(batch, block, epilogue, linear, dtype) if shape in str(case.shape)]
     keep_freed_memory()
+    all_threads = torch.get_num_threads()
+    torch.set_num_threads(threads or all_threads)
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), report.progress() as bar:
         task = bar.add_task("layers", total=len(cases))
         for case in cases:
             bar.update(task, description=f"{case.shape}, batch {case.batch}, {case.block}")
-            rows += measure(case, tuple(density), budget, copies)
+            in_call = copies if case.batch > 1 else 2 * copies
+            rows += measure(case, tuple(density), budget, in_call, engines)
             bar.advance(task)
     pictures.print_layers(rows)
+    torch.set_num_threads(all_threads)
     if merge:
-        rows = report.merge(report.path_of(name), rows, ("shape", "batch", "block", "epilogue", "density"))
+        keys = ("shape", "batch", "block", "epilogue", "density", "threads")
+        rows = report.merge(report.path_of(name), rows, keys)
     path = report.save(name, rows, copies=copies, summary=pictures.summarize(rows))
     pictures.draw_layers(rows, path.with_suffix(".png"))
     report.console.print(f"wrote {path.name} and {path.with_suffix('.png').name} in {path.parent.name}/")

@@ -25,25 +25,37 @@ def is_linear(row: Row) -> bool:
 
 
 def summarize(rows: list[Row]) -> list[Row]:
-    """Geometric-mean speed-ups over the convolution shapes, one entry per batch, block, epilogue, density."""
+    """Geometric-mean speed-ups and times over the convolution shapes, one entry per batch, block, epilogue,
+    density and number of threads."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if not is_linear(row):
-            groups[row["batch"], row["block"], row["epilogue"], row["density"]].append(row)
+            key = row["batch"], row["block"], row["epilogue"], row["density"], row.get("threads")
+            groups[key].append(row)
     return [
         {
             "batch": batch,
             "block": block,
             "epilogue": epilogue,
             "density": density,
+            "threads": threads,
             "shapes": len(members),
             "ideal": geometric_mean([1 / row["kept"] for row in members]),
             "auto": geometric_mean([row["speedup"]["auto"] for row in members]),
             "forced": geometric_mean([row["speedup"]["forced"] for row in members]),
             "worst_auto": min(row["speedup"]["auto"] for row in members),
+            "dense_ms": geometric_mean([row["dense"][row["best_dense"]]["median_ms"] for row in members]),
+            "auto_ms": geometric_mean([row["ours"]["auto"]["median_ms"] for row in members]),
+            "engines_ms": _engine_means(members),
         }
-        for (batch, block, epilogue, density), members in groups.items()
+        for (batch, block, epilogue, density, threads), members in groups.items()
     ]
+
+
+def _engine_means(rows: list[Row]) -> dict[str, float]:
+    """Milliseconds of every engine that ran all of these layers."""
+    names = set.intersection(*(set(row.get("engines", {})) for row in rows))
+    return {n: geometric_mean([row["engines"][n]["median_ms"] for row in rows]) for n in sorted(names)}
 
 
 def print_layers(rows: list[Row]) -> None:
@@ -67,6 +79,9 @@ def print_layers(rows: list[Row]) -> None:
         if means:
             table.add_section()
             table.add_row("geometric mean", "", *(_cell(s) for s in means))
+            for engine, ms in means[0]["engines_ms"].items():
+                ratios = (f"{ms / s['auto_ms']:.2f}" for s in means)
+                table.add_row(f"over {engine}", f"{ms:.3f}", *ratios)
         report.console.print(table)
 
 
@@ -88,6 +103,7 @@ def draw_layers(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     means = summarize(rows)
+    means = [s for s in means if s["threads"] == max(s["threads"] for s in means)]
     if not means:
         return
     epilogue = means[0]["epilogue"]

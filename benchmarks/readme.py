@@ -16,12 +16,13 @@ from .timing import geometric_mean
 README = Path(__file__).parent.parent / "README.md"
 TITLES = {"resnet50": "ResNet-50", "vgg16": "VGG-16", "vit_b16": "ViT-B/16", "bert_base": "BERT-base"}
 TITLES |= {"mobilenet_v1": "MobileNet-v1", "mobilenet_v2": "MobileNet-v2", "resnet18": "ResNet-18"}
+ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def layers(data: dict[str, Any]) -> str:
     """Geometric means over ResNet-50's convolution shapes, ReLU fused."""
-    means = [s for s in data["summary"] if s["epilogue"] == "relu"]
+    means = _most_threads([s for s in data["summary"] if s["epilogue"] == "relu"])
     densities = list(dict.fromkeys(s["density"] for s in means))
     lines = [
         _row("blocks", "batch", *(f"{d:.0%} kept" for d in densities)),
@@ -29,7 +30,62 @@ def layers(data: dict[str, Any]) -> str:
     ]
     for block, batch in dict.fromkeys((s["block"], s["batch"]) for s in means):
         line = {s["density"]: s["auto"] for s in means if (s["block"], s["batch"]) == (block, batch)}
-        lines.append(_row(block, batch, *(f"{line[d]:.2f}×" for d in densities)))
+        lines.append(_row(block, batch, *(f"{line[d]:.2f}×" if d in line else "–" for d in densities)))
+    return "\n".join(lines)
+
+
+def _most_threads(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    most = max(s["threads"] for s in entries)
+    return [s for s in entries if s["threads"] == most]
+
+
+def scaling(data: dict[str, Any]) -> str:
+    """What a second thread gives, to dense layers and to ours: geometric means over the convolutions."""
+    means = [s for s in data["summary"] if s["epilogue"] == "relu" and s["block"] == "32x32"]
+    lines = [
+        _row("32x32 blocks", "kept", "speed-up on 1 thread", "on 2 threads", "dense scales by", "ours by"),
+        _row("---", *["--:"] * 5),
+    ]
+    for two in (s for s in means if s["threads"] == 2):
+        for one in means:
+            if one["threads"] == 1 and all(one[key] == two[key] for key in ("batch", "density")):
+                scales = (f"{one[key] / two[key]:.2f}×" for key in ("dense_ms", "auto_ms"))
+                ratios = (f"{s['auto']:.2f}×" for s in (one, two))
+                lines.append(_row(f"batch {two['batch']}", f"{two['density']:.0%}", *ratios, *scales))
+    return "\n".join(lines)
+
+
+def engines(data: dict[str, Any]) -> str:
+    """Our layers against dense ones on other engines."""
+    means = _most_threads([s for s in data["summary"] if s["epilogue"] == "relu" and s["engines_ms"]])
+    names = [name for name in ENGINES if any(name in s["engines_ms"] for s in means)]
+    lines = [
+        _row("32x32 blocks", "kept", "over torch's fastest", *(f"over {ENGINES[n]}" for n in names)),
+        _row("---", *["--:"] * (2 + len(names))),
+    ]
+    for s in means:
+        if s["block"] == "32x32" and s["density"] in (0.5, 0.25):
+            over = (
+                f"{s['engines_ms'][n] / s['auto_ms']:.2f}×" if n in s["engines_ms"] else "" for n in names
+            )
+            lines.append(_row(f"batch {s['batch']}", f"{s['density']:.0%}", f"{s['auto']:.2f}×", *over))
+    return "\n".join(lines)
+
+
+def decode(data: dict[str, Any]) -> str:
+    """Linear layers on few rows: geometric means over the shapes."""
+    rows = data["rows"]
+    densities = list(dict.fromkeys(r["density"] for r in rows))
+    lines = [
+        _row("blocks", "rows", *(f"{d:.0%} kept" for d in densities)),
+        _row("---", *["--:"] * (1 + len(densities))),
+    ]
+    for block, count in dict.fromkeys((r["block"], r["batch"]) for r in rows):
+        cells = []
+        for d in densities:
+            same = [r for r in rows if (r["block"], r["batch"], r["density"]) == (block, count, d)]
+            cells.append(f"{geometric_mean([r['speedup']['auto'] for r in same]):.2f}×")
+        lines.append(_row(block, count, *cells))
     return "\n".join(lines)
 
 
@@ -137,6 +193,9 @@ SECTIONS = {
     "training": (training, "training"),
     "sparse_pointwise": (sparse_pointwise, "sparse_pointwise"),
     "periodic": (periodic, "periodic"),
+    "scaling": (scaling, "layers"),
+    "engines": (engines, "layers"),
+    "decode": (decode, "decode"),
     "machine": (machine, "layers"),
 }
 

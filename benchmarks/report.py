@@ -79,11 +79,12 @@ def merge(old: Path, rows: Sequence[Row], keys: Sequence[str]) -> list[Row]:
     if not old.exists():
         return list(rows)
     data = load(old)
-    theirs, mine = ({**m, "date": ""} for m in (data["machine"], machine()))
+    varying = {"date"} | ({"threads"} & set(keys))
+    theirs, mine = ({k: v for k, v in m.items() if k not in varying} for m in (data["machine"], machine()))
     if theirs != mine:
         raise ValueError(f"{old.name} is from another machine or torch ({theirs}): write to another --name")
-    new = {tuple(row[k] for k in keys): row for row in rows}
-    kept = [new.pop(tuple(row[k] for k in keys), row) for row in data["rows"]]
+    new = {tuple(row.get(k) for k in keys): row for row in rows}
+    kept = [new.pop(tuple(row.get(k) for k in keys), row) for row in data["rows"]]
     return [*kept, *new.values()]
 
 

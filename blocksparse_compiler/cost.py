@@ -111,20 +111,13 @@ def choose(
     if allow_dense and best.seconds >= MARGIN * estimates[DENSE]:
         reason = _why_dense(site, best, device, hints)
         return Decision(site, DENSE, reason, best.pattern, estimates=estimates)
-    return Decision(
-        site,
-        best.variant,
-        why_sparse(
-            best.pattern,
-            best.seconds,
-            estimates[DENSE],
-            forced=not allow_dense,
-            limit=_limit(best, device),
-        ),
-        best.pattern,
-        best_config(site, best, device),
-        estimates,
+    config = best_config(site, best, device)
+    reason = why_sparse(
+        best.pattern, best.seconds, estimates[DENSE], forced=not allow_dense, limit=_limit(best, device)
     )
+    how = variants.VARIANTS[best.variant].describe(site, best.pattern, device, config)
+    reason = f"{reason}; {how}" if how else reason
+    return Decision(site, best.variant, reason, best.pattern, config, estimates)
 
 
 def best_config(site: Site, candidate: Candidate, device: AnyDevice) -> Mapping[str, int | str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -160,6 +162,25 @@ class CpuVariant(KernelVariant):
 
     def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
         return cpu_configs(site, pattern, device)
+
+    def describe(
+        self, site: Site, pattern: BlockPattern, device: DeviceSpec, config: Mapping[str, Any]
+    ) -> str:
+        tile = device_tile(site.dtype, pattern.block_shape, device)
+        if tile is None:
+            return ""
+        pixels = int(config.get("pixels", tile.pixels))
+        what = "pixels" if site.kernel_size else "rows"
+        crowded = pixels < tile.pixels and pixels == cache_friendly_pixels(site, device)
+        why = (
+            f" (more would crowd L1, {_bytes(item_bytes(site) * pixel_step(site))} apart)" if crowded else ""
+        )
+        shared = "block rows" if int(config.get("row_threads", 1)) > 1 else what
+        return f"{device.isa}, {pixels} {what} by {tile.width} outputs at a time{why}, threads share {shared}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size // 1024} KiB" if size % 1024 == 0 else f"{size} bytes"
 
 
 FEW_TILES = 8

@@ -181,7 +181,7 @@ _EFFICIENCY = {
     "16x16/spatial": 0.88,
     "16x16/pointwise": 0.80,
     "16x16/linear": 0.78,
-    "8x8/spatial": 0.45,
+    "8x8/spatial": 0.78,
     "8x8/pointwise": 0.43,
     "8x8/linear": 0.41,
     "dense_bf16/spatial": 0.98,

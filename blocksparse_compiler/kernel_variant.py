@@ -96,6 +96,10 @@ class KernelVariant(ABC):
     def configs(self, site: Site, pattern: BlockPattern, device: Any) -> list[Parameters]:
         """Candidate parameters, best guess first; none if this device cannot run the kernel."""
 
+    def describe(self, site: Site, pattern: BlockPattern, device: Any, config: Mapping[str, Any]) -> str:
+        """How the kernel runs the layer with these parameters, as a phrase for the user; may be empty."""
+        return ""
+
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
         """The weight `[O, C/groups, *kernel]` as this kernel reads it."""
         return pack_weight(weight, pattern, self.weight_layout)

@@ -154,6 +154,8 @@ def _row(speedup: float, kept: float = 0.5, **other: object) -> dict[str, object
         "kept": kept,
         "best_dense": "eager",
         "dense": {"eager": timings},
+        "ours": {"auto": {"median_ms": 1 / speedup}},
+        "threads": 2,
         "speedup": {"auto": speedup, "forced": speedup / 2},
     }
     return row | other
@@ -169,6 +171,15 @@ def test_summary_is_the_geometric_mean_over_convolutions() -> None:
     assert mean["worst_auto"] == 1.0
 
 
+def test_tables_of_threads_and_engines() -> None:
+    engines = {"onnxruntime": {"median_ms": 3.0}}
+    rows = [_row(2.0, engines=engines), _row(4.0, threads=1, dense={"eager": {"median_ms": 2.0}}, engines={})]
+    data = {"summary": pictures.summarize(rows)}
+    assert "| batch 8 | 50% | 4.00× | 2.00× | 2.00× | 0.50× |" in readme.scaling(data)
+    assert "| 32x32 | 8 | 2.00× |" in readme.layers(data)
+    assert "| batch 8 | 50% | 2.00× | 6.00× |" in readme.engines(data)
+
+
 def test_merging_replaces_equal_rows_and_keeps_the_others(tmp_path: Path) -> None:
     path = report.save("layers", [_row(1.0), _row(2.0, batch=1)], tmp_path)
     rows = report.merge(path, [_row(3.0), _row(4.0, batch=2)], ("shape", "batch"))
@@ -179,6 +190,9 @@ def test_merging_replaces_equal_rows_and_keeps_the_others(tmp_path: Path) -> Non
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match="another machine"):
         report.merge(path, rows, ("shape", "batch"))
+    data["machine"] |= {"torch": torch.__version__, "threads": 99}
+    path.write_text(json.dumps(data))
+    assert len(report.merge(path, rows, ("shape", "batch", "threads"))) == 3
 
 
 def test_readme_sections_are_rewritten_from_results(tmp_path: Path) -> None:

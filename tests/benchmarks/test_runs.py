@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import layers, models, periodic, pictures, readme, shapes, training, zoo
+from benchmarks import decode, engines, layers, models, periodic, pictures, readme, shapes, training, zoo
 from benchmarks.ours import compile_layers, newest_plan
 
 BLOCK = (32, 32)
@@ -34,6 +34,24 @@ def test_layer_rows_hold_both_modes_and_their_errors(tmp_path: Path) -> None:
     pictures.print_layers(rows)
     pictures.draw_layers(rows, tmp_path / "layers.png")
     assert (tmp_path / "layers.png").stat().st_size > 1000
+
+
+def test_rows_of_few_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    case = layers.Case(shapes.LinearShape(512, 512, 1), 4, "16x1", "none")
+    (row,) = layers.measure(case, (0.25,), budget=0)
+    assert row["kernel"] == "cpu_f32" and row["error"] < 1e-5
+    decode.print_rows([{**row, "weight_gb_per_s": 1.0}])
+    assert "512->512" in capsys.readouterr().out
+    assert readme.decode({"rows": [row]}).splitlines()[2].startswith("| 16x1 | 4 |")
+
+
+def test_engines_compute_what_torch_does() -> None:
+    """Those that are installed; none is no failure."""
+    module = engines.Several([nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)], relu=True)
+    x = torch.randn(1, 8, 5, 5)
+    for call in engines.engine_calls(module, x).values():
+        assert engines.agrees(call(), module(x))
+    assert not engines.agrees([y + 0.01 for y in module(x)], module(x))
 
 
 def test_a_dense_layer_can_be_forced_onto_the_sparse_kernel() -> None:

@@ -155,6 +155,26 @@ def test_outputs_that_leave_the_cache_are_asked_for_early():
     assert any(config.get("prefetch") == "output" for config in others)
 
 
+@pytest.mark.parametrize(
+    "site, sentence",
+    [
+        (conv_site(), "avx512, 14 pixels by 32 outputs at a time, threads share pixels"),
+        (
+            conv_site(256, 1024, kernel=1),
+            "avx512, 10 pixels by 32 outputs at a time (more would crowd L1, 4 KiB apart), "
+            "threads share pixels",
+        ),
+        (
+            linear_site(4096, 4096, (4,)),
+            "avx512, 10 rows by 32 outputs at a time (more would crowd L1, 16 KiB apart), "
+            "threads share block rows",
+        ),
+    ],
+)
+def test_a_kernel_says_how_it_runs_a_layer(site, sentence):
+    assert CPU.describe(site, full(site), FIXED, best(site)) == sentence
+
+
 @given(st.integers(0, 3000), st.integers(1, 28))
 def test_flat_tiles_are_even(pixels, most):
     tiling = flat_tiling(pixels, most)

@@ -83,3 +83,6 @@ class AnyLayer:
 
     def configs(self, site, pattern, device) -> list[dict[str, int | str]]:
         return [{"pixels": 14}, {"pixels": 7}]
+
+    def describe(self, site, pattern, device, config) -> str:
+        return ""
