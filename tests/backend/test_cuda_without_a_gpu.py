@@ -79,10 +79,9 @@ def test_without_triton_gpu_layers_stay_dense_and_say_what_to_install(gpu, monke
     assert elsewhere.kernel.startswith("triton_")
 
 
-def test_16_bit_layers_on_a_cpu_stay_dense():
+def test_16_bit_layers_on_a_cpu_get_kernels_of_a_cpu():
     (decision,) = choose_kernels(graph_on("cpu"))
-    assert decision.is_dense
-    assert "no kernel for bfloat16" in decision.reason
+    assert decision.kernel == "cpu_bf16"
 
 
 def test_explain_plans_for_the_gpu_that_the_model_is_on(gpu, monkeypatch):
