@@ -121,15 +121,15 @@ def compile_time(data: dict[str, Any]) -> str:
 def linear(data: dict[str, Any]) -> str:
     """BERT's linear layers against dense, and torch's own block-sparse product against dense."""
     rows = [r for r in data["rows"] if r["shape"].startswith("linear") and r["block"] == "32x32"]
-    lines = [
-        _row("32x32 blocks, BERT's linear layers", "ours", "`torch.sparse_bsr`"),
-        _row("---", "--:", "--:"),
-    ]
-    for density in dict.fromkeys(r["density"] for r in rows if r["torch_bsr"]):
+    theirs = [r for r in rows if r["torch_bsr"]]
+    columns = ["ours", "`torch.sparse_bsr`"] if theirs else ["ours"]
+    lines = [_row("32x32 blocks, BERT's linear layers", *columns), _row("---", *["--:"] * len(columns))]
+    for density in dict.fromkeys(r["density"] for r in theirs or rows):
         members = [r for r in rows if r["density"] == density]
-        ours = geometric_mean([r["speedup"]["auto"] for r in members])
-        theirs = geometric_mean([report.speedup(r["dense"], r["torch_bsr"]) for r in members])
-        lines.append(_row(f"{density:.0%} kept", f"{ours:.2f}×", f"{theirs:.2f}×"))
+        ratios = [[r["speedup"]["auto"] for r in members]]
+        if theirs:
+            ratios.append([report.speedup(r["dense"], r["torch_bsr"]) for r in members])
+        lines.append(_row(f"{density:.0%} kept", *(f"{geometric_mean(ratio):.2f}×" for ratio in ratios)))
     return "\n".join(lines)
 
 
@@ -188,6 +188,9 @@ def machine(data: dict[str, Any]) -> str:
 SECTIONS = {
     "layers": (layers, "layers"),
     "models": (models, "models"),
+    "layers_bf16": (layers, "layers_bfloat16"),
+    "models_bf16": (models, "models_bfloat16"),
+    "linear_bf16": (linear, "layers_bfloat16"),
     "linear": (linear, "layers"),
     "compile_time": (compile_time, "compile_time"),
     "training": (training, "training"),
