@@ -177,6 +177,32 @@ def periodic(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def break_even(data: dict[str, Any]) -> str:
+    """From which share of zeros on a sparse 1x1 convolution pays, measured and planned."""
+    lines = [
+        _row("1x1 convolution", "blocks", "dense", "30% kept", "10% kept", "pays below", "planned below"),
+        _row("---", "---", *["--:"] * 5),
+    ]
+    for row in data["rows"]:
+        ratios = (f"{row['dense_us'] / row['ours_us'][d]:.2f}×" for d in ("0.3", "0.1"))
+        limits = (f"{row[key]:.0%} kept" for key in ("break_even", "planned"))
+        lines.append(_row(row["shape"], row["block"], f"{row['dense_us']:.0f} us", *ratios, *limits))
+    return "\n".join(lines)
+
+
+def quantized(data: dict[str, Any]) -> str:
+    """Layers of models quantized to 8 bits, geometric means over the shapes."""
+    densities = list(data["rows"][0]["densities"])
+    means = (geometric_mean([r["densities"][d]["speedup"] for r in data["rows"]]) for d in densities)
+    return "\n".join(
+        [
+            _row("32x32 blocks", *(f"{float(d):.0%} kept" for d in densities)),
+            _row("---", *["--:"] * len(densities)),
+            _row("ResNet-50's convolutions and a linear layer", *(f"{mean:.2f}×" for mean in means)),
+        ]
+    )
+
+
 def machine(data: dict[str, Any]) -> str:
     """What the figures were measured on."""
     m = data["machine"]
@@ -199,6 +225,8 @@ SECTIONS = {
     "scaling": (scaling, "layers"),
     "engines": (engines, "layers"),
     "decode": (decode, "decode"),
+    "break_even": (break_even, "break_even"),
+    "quantized": (quantized, "quantized"),
     "machine": (machine, "layers"),
 }
 
