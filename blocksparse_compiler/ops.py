@@ -150,8 +150,7 @@ def _depthwise_fake(
     channels_last: bool,
     kernel: str,
 ) -> Tensor:
-    geometry = (kernel_size, stride, padding, dilation, channels_last, kernel)
-    return _conv_fake(x, weight, weight, weight, bias, x.shape[1], *geometry)
+    return conv_output(x, x.dtype, x.shape[1], kernel_size, stride, padding, dilation, channels_last)
 
 
 def memory_format_of(spatial_dims: int, channels_last: bool) -> torch.memory_format:

@@ -13,6 +13,7 @@ from .epilogue import unroll
 from .inductor_api import ir, lowerings, parallel_num_threads
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, Size, all_static, even_segment
+from .views import kernel_inputs
 
 MOST_PIXELS = 8
 """Of a register tile: as many sums as hide the latency of a multiply-add on two units."""
@@ -37,11 +38,7 @@ def lower_depthwise(
     lanes = min(16, vectors_of_isa()[0])
     if channels < lanes or not all_static((*conv.input_size, *conv.input_strides[1:])):
         raise Unsupported(f"{channels} channels of images {conv.input_size}")
-    nodes = [
-        ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in (x, *operands)
-    ]
-    for node in nodes:
-        node.freeze_layout()
+    nodes = kernel_inputs([x, *operands])
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, *conv.output_size, channels])
     template = DepthwiseTemplate(nodes, layout, parallel_num_threads(), images=n, conv=conv, lanes=lanes)
     out = template.generate().output_node()

@@ -12,7 +12,7 @@ from .gradient_template import GradientTile, TileGradientTemplate
 from .inductor_api import ir, parallel_num_threads, pick_vec_isa
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, Size, as_int, equal, is_static
-from .views import reshape
+from .views import kernel_inputs, reshape
 
 PANEL_BYTES = 512 * 1024
 """Packed at once by each thread: half of a usual L2 cache."""
@@ -74,12 +74,7 @@ def lower_weight_grad(
             for t, c in ((x, in_channels), (grad, out_channels))
         )
         conv = _flat(pixels, in_channels)
-    nodes = [
-        ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t))
-        for t in (grad, x, tile_index)
-    ]
-    for node in nodes:
-        node.freeze_layout()
+    nodes = kernel_inputs([grad, x, tile_index])
     tiles = int(tile_index.get_size()[1])
     threads = parallel_num_threads()
     chunk = chunk_rows(images, conv, out_channels + in_channels, threads)

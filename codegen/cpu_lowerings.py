@@ -19,15 +19,10 @@ from .cpu_amx_template import AmxTemplate, runs_amx, tiles_of
 from .cpu_int8_template import IntegerTemplate
 from .cpu_spmm_template import SparseRowsTemplate
 from .cpu_template import BlockSparseTemplate
-from .inductor_api import (
-    ir,
-    lowerings,
-    parallel_num_threads,
-    pick_vec_isa,
-)
+from .inductor_api import ir, lowerings, parallel_num_threads, pick_vec_isa
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, all_static, as_int, flat_tiling, is_static, row_tiling
-from .views import conv1d_as_conv2d, reshape
+from .views import conv1d_as_conv2d, kernel_inputs, reshape
 
 LONGEST_SUM = 192
 """Products summed up in one go. Dense kernels sum in blocks, which rounds less than one long sum; at this
@@ -199,11 +194,8 @@ class _Weight:
         out_channels: int,
         kernel: str,
     ) -> None:
-        self.operands = [
-            ir.ExternKernel.require_contiguous(values),
-            row_ptr,
-            tile_index,
-        ]  # tiles may be computed
+        values = ir.ExternKernel.require_contiguous(values)  # in training, tiles are computed
+        self.operands = [values, row_ptr, tile_index]
         if bias is not None:
             self.operands.append(without_offset(bias))
         self.out_channels = out_channels
@@ -249,10 +241,7 @@ class _Weight:
 
     def multiply(self, x: Any, images: Any, conv: ConvGeometry, shape: list[Any]) -> Any:
         """The output node of the kernel, contiguous `shape`."""
-        operands = [x, *self.operands]
-        nodes = [ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in operands]
-        for node in nodes:
-            node.freeze_layout()
+        nodes = kernel_inputs([x, *self.operands])
         layout = ir.FixedLayout(x.get_device(), self.output_dtype(x), shape)
         if self.config.variant == SPMM.name:
             return self._sparse_rows(nodes, layout, images, conv)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from .inductor_api import lowerings
+from .inductor_api import ir, lowerings
 
 
 def reshape(x: Any, sizes: Sequence[Any]) -> Any:
     return lowerings[torch.ops.aten.reshape.default](x, list(sizes))
+
+
+def kernel_inputs(operands: Iterable[Any]) -> list[Any]:
+    """The buffers that a template reads: in memory, under a name, in the layout that they have now."""
+    nodes = [ir.InputsKernel.unwrap_storage_for_input(ir.ExternKernel.realize_input(t)) for t in operands]
+    for node in nodes:
+        node.freeze_layout()
+    return nodes
 
 
 def conv1d_as_conv2d(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from case_lists import convolutions
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Case, Layer, Layers, assert_close_to_float64, compiling, count_kernels, run
@@ -27,8 +28,8 @@ def compiled_for(tiles: str) -> AbstractContextManager[None]:
     return emulated_amx() if tiles == "emulated" else nullcontext()
 
 
-def amx(shape, out_channels, kernel_size=(), block=(32, 32), **named) -> Case:
-    return Case(shape, out_channels, kernel_size, block, variant="cpu_amx_bf16", **named)
+def amx(input_shape, out_channels, kernel_size=(), block=(32, 32), **named) -> Case:
+    return Case(input_shape, out_channels, kernel_size, block, variant="cpu_amx_bf16", **named)
 
 
 TRICKY = [
@@ -100,16 +101,7 @@ def cases(draw):
     }
     if draw(st.integers(0, 3)) == 0:
         return amx((draw(size), draw(size), channels[0]), **common)
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 3), (1, 3), (5, 2)]))
-    dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 3)]))
-    padding = tuple(draw(st.integers(0, 2)) for _ in range(4))
-    image = tuple(
-        max(draw(size), dilation[i] * (kernel[i] - 1) + 1 - padding[2 * i] - padding[2 * i + 1])
-        for i in range(2)
-    )
-    shape = (draw(st.integers(1, 4)), channels[0], *image)
-    stride = (draw(small), draw(small))
-    return amx(shape, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation, **common)
+    return amx(**draw(convolutions(channels[0], size)), **common)
 
 
 @on_tiles

@@ -72,6 +72,13 @@ def cases(draw):
     }
     if draw(st.integers(0, 3)) == 0:
         return Case((draw(size), draw(size), channels[0]), **common)
+    return Case(**draw(convolutions(channels[0], size)), **common)
+
+
+@st.composite
+def convolutions(draw, in_channels: int, size):
+    """Shape of the input, and geometry, of a 2-D convolution with an output, as arguments of `Case`."""
+    small = st.integers(1, 3)
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (3, 3), (1, 3), (5, 2)]))
     dilation = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 3)]))
     padding = tuple(draw(st.integers(0, 2)) for _ in range(4))
@@ -79,6 +86,10 @@ def cases(draw):
         max(draw(size), dilation[i] * (kernel[i] - 1) + 1 - padding[2 * i] - padding[2 * i + 1])
         for i in range(2)
     )
-    shape = (draw(st.integers(1, 4)), channels[0], *image)
-    stride = (draw(small), draw(small))
-    return Case(shape, kernel_size=kernel, stride=stride, padding=padding, dilation=dilation, **common)
+    return {
+        "input_shape": (draw(st.integers(1, 4)), in_channels, *image),
+        "kernel_size": kernel,
+        "stride": (draw(small), draw(small)),
+        "padding": padding,
+        "dilation": dilation,
+    }
