@@ -84,7 +84,7 @@ class SparseRowsTemplate(BlockSparseTemplate):
         flush: int,
     ) -> None:
         super(BlockSparseTemplate, self).__init__("block_sparse", input_nodes, layout, num_threads)
-        self.grid, self.tile, self.in_channels = grid, tile, in_channels  # type: ignore[assignment]
+        self.grid, self.pixel_tile, self.in_channels = grid, tile, in_channels
         self.block_shape, self.parameters = (height, 1), parameters
         self.flush, self.bias_first = flush, False
         self.panel = bool(parameters.get("panel", 0))
@@ -98,7 +98,7 @@ class SparseRowsTemplate(BlockSparseTemplate):
     def _tile_options(self) -> dict[str, Any]:
         return {
             "bh": self.block_shape[0],
-            "lanes": self.tile.lanes,
+            "lanes": self.pixel_tile.lanes,
             "tiles": self._tile_kinds(),
             "panel": self.panel,
             "row_threads": max(1, int(self.parameters.get("row_threads", 1))),
@@ -119,10 +119,10 @@ class SparseRowsTemplate(BlockSparseTemplate):
         """Full tiles, and the last one of an image where its size is known and another."""
         pixels = self.grid.pixels
         if not is_static(pixels):
-            tile = self.tile
+            tile = self.pixel_tile
             return [self._tile_kind("RegisterTile", "", tile.vectors, "std::min(PIXELS, pixels - first)")]
-        vectors, last = even_vectors(int(pixels), self.tile, self._vectors_at_once())
-        size = vectors * self.tile.lanes
+        vectors, last = even_vectors(int(pixels), self.pixel_tile, self._vectors_at_once())
+        size = vectors * self.pixel_tile.lanes
         rest = (int(pixels) - 1) % size + 1
         if rest == size or int(pixels) < size:
             return [self._tile_kind("RegisterTile", "", vectors, rest)]
@@ -132,15 +132,15 @@ class SparseRowsTemplate(BlockSparseTemplate):
     def _vectors_at_once(self) -> int:
         """Tiles that are transposed, on one side or the other, hold multiples of this."""
         transposed = not (self.grid.reads_first and self.grid.writes_first)
-        return max(1, SIDE // self.tile.lanes) if transposed else 1
+        return max(1, SIDE // self.pixel_tile.lanes) if transposed else 1
 
     def _tile_kind(self, name: str, condition: str, vectors: int, count: int | str) -> TileKind:
-        pixels = vectors * self.tile.lanes
+        pixels = vectors * self.pixel_tile.lanes
         if self.grid.reads_first and not self.panel:
             return TileKind(name, condition, vectors, pixels, count, self.grid.pixels, int(count))
         return TileKind(name, condition, vectors, pixels, count, pixels, pixels)
 
-    def _store(
+    def _store(  # type: ignore[override]
         self,
         kernel: Any,
         matrix: Any,
