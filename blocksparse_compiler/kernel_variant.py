@@ -17,10 +17,6 @@ from .plan import Site
 
 Parameters = dict[str, "int | str"]
 
-CHANNELS_FIRST = "channels_first"
-"""Value of the parameters `reads` and `writes` of kernels that can: `[N, C, H, W]` contiguous in memory.
-Without them, a kernel reads and writes channels last."""
-
 
 @dataclass(frozen=True)
 class KernelConfig:

@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from ..kernel_variant import CHANNELS_FIRST, KernelConfig
-from .cpu_depthwise_planes import DepthwisePlanesTemplate, channels_first_conv
-from .cpu_lowerings import channels_last_conv, vectors_of_isa, without_offset
+from ..cpu_spmm import reads_first, writes_first
+from ..variants import KernelConfig
+from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
+from .cpu_depthwise_planes import DepthwisePlanesTemplate
 from .cpu_template import BlockSparseTemplate
 from .epilogue import clamp_natively, unroll
 from .inductor_api import ir, lowerings, parallel_num_threads
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, Size, all_static, even_segment
-from .views import kernel_inputs
+from .views import kernel_inputs, without_offset
 
 MOST_PIXELS = 8
 """Of a register tile: as many sums as hide the latency of a multiply-add on two units."""
@@ -53,17 +54,14 @@ def lower_depthwise(
 def is_channels_first(kernel: str) -> bool:
     """Whether the kernel reads and writes channels first; it cannot change from one to the other."""
     parameters = KernelConfig.decode(kernel).parameters
-    reads, writes = (parameters.get(key) == CHANNELS_FIRST for key in ("reads", "writes"))
-    if reads != writes:
+    if reads_first(parameters) != writes_first(parameters):
         raise Unsupported("a depthwise kernel that changes the layout")
-    return reads
+    return reads_first(parameters)
 
 
 def _lower_planes(x: Any, operands: list[Any], *geometry: Sequence[int]) -> Any:
     x, conv = channels_first_conv(x, *geometry)
     n, channels = x.get_size()[:2]
-    if not all_static(conv.input_size):
-        raise Unsupported(f"images {conv.input_size}")
     nodes = kernel_inputs([x, *operands])
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, channels, *conv.output_size])
     lanes = min(16, vectors_of_isa()[0])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from .cpu_template import BlockSparseTemplate
 from .epilogue import clamp_natively, unroll
-from .inductor_api import ir
-from .tiling import ConvGeometry, Size, as_int, even_segment
+from .tiling import ConvGeometry, Size, even_segment
 
 MOST_ROWS = 8
 """Of a register tile: sums and the weights of a 3x3 filter fit 32 registers."""
@@ -17,31 +16,6 @@ MOST_ROWS = 8
 def vector_of(lanes: int, columns: int) -> int:
     """Floats of a vector: half of AVX-512's for rows that would leave more than half of it empty."""
     return lanes // 2 if lanes == 16 and columns <= lanes // 2 else lanes
-
-
-def channels_first_conv(
-    x: Any, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[Any, ConvGeometry]:
-    """The input contiguous, channels first, and the geometry of a convolution on it."""
-    x.realize()
-    x = ir.ExternKernel.require_contiguous(x)
-    size = [as_int(s) for s in x.get_size()[2:]]
-    out_size = [
-        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
-        + 1
-        for i in range(2)
-    ]
-    image_stride, _, row_stride, pixel_stride = map(as_int, x.get_stride())
-    conv = ConvGeometry(
-        input_size=tuple(size),
-        output_size=tuple(out_size),
-        input_strides=(image_stride, row_stride, pixel_stride),
-        kernel_size=(kernel_size[0], kernel_size[1]),
-        stride=(stride[0], stride[1]),
-        pad_begin=(padding[0], padding[2]),
-        dilation=(dilation[0], dilation[1]),
-    )
-    return x, conv
 
 
 class DepthwisePlanesTemplate(BlockSparseTemplate):

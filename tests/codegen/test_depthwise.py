@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import blocksparse_compiler as bsc
 from blocksparse_compiler import BlockPattern, Plan, cost, trace
+from blocksparse_compiler.cpu_spmm import CHANNELS_FIRST
 from blocksparse_compiler.depthwise import DEPTHWISE, depthwise_pattern
 from blocksparse_compiler.errors import PlanError
-from blocksparse_compiler.kernel_variant import CHANNELS_FIRST
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -53,7 +53,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         c = self.case
         geometry = (list(c.kernel), list(c.stride), list(c.padding), list(c.dilation))
-        return torch.ops.blocksparse.depthwise(x, self.taps, self.bias, *geometry, self.kernel == DEPTHWISE.name, self.kernel)
+        return torch.ops.blocksparse.depthwise(
+            x, self.taps, self.bias, *geometry, self.kernel == DEPTHWISE.name, self.kernel
+        )
 
     def input(self) -> Tensor:
         x = torch.randn(self.case.shape)
