@@ -24,7 +24,7 @@ LARGEST_FILTER = 49
 """Taps; larger filters than 7x7 are not depthwise layers that anybody trains for speed."""
 
 RATE = 0.55
-"""Of peak, with rows of 7 pixels and more; fitted to MobileNets."""
+"""Of peak, with rows of 7 pixels and more; fitted to MobileNets. A device's `efficiency` may know better."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,12 @@ def depthwise_cost(site: Site, device: DeviceSpec) -> Cost:
     flops = 2 * positions(site) * site.out_channels * taps * inside_fraction(site)
     traffic = activation_bytes(site) + 4 * site.out_channels * taps
     lanes = device.vector_lanes
+    rate = device.efficiency.get(DEPTHWISE.name, RATE)
     waste = -(-site.in_channels // lanes) * lanes / site.in_channels
     return Cost(
         flops,
         traffic,
-        flops * waste / (RATE * device.peak_flops_per_second()),
+        flops * waste / (rate * device.peak_flops_per_second()),
         memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
     )
