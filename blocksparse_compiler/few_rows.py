@@ -1,7 +1,7 @@
 """Whole layers on few rows, dense, on block-sparse kernels: gates of mobile networks, classifiers at batch 1.
 
-torch's operators cost 15 to 30 µs to call, ten times what such a layer computes. A kernel with all tiles kept is
-generated into the program, and what follows is fused into it.
+torch's operators cost 15 to 30 µs to call, ten times what such a layer computes. A kernel with all tiles
+kept is generated into the program, and what follows is fused into it.
 """
 
 from __future__ import annotations
