@@ -11,9 +11,11 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..devices import AnyDevice
+from ..layouts import CHANNELS_LAST, Layouts
 from ..pattern import BlockShape
 from ..plan import Plan
 from .choose_kernels import choose_kernels
+from .choose_layouts import choose_layouts
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .lower_quantized import lower_quantized
@@ -54,11 +56,18 @@ def _choose(gm: GraphModule, context: PassContext) -> int:
     return sum(not decision.is_dense for decision in context.plan)
 
 
+def _choose_layouts(gm: GraphModule, context: PassContext) -> int:
+    if context.given_plan is None:  # whose layouts are obeyed
+        context.plan = choose_layouts(gm, context.plan, context.device)
+    return sum(Layouts.of(decision.config) != CHANNELS_LAST for decision in context.plan)
+
+
 PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
     ("fold_constants", lambda gm, _: fold_constants(gm)),
     ("fold_batch_norm", lambda gm, _: fold_batch_norm(gm)),
     ("permute_channels", lambda gm, _: permute_channels(gm)),
     ("choose_kernels", _choose),
+    ("choose_layouts", _choose_layouts),
     ("lower_quantized", lambda gm, context: lower_quantized(gm, context.plan)),
     ("lower_sites", lambda gm, context: lower_sites(gm, context.plan)),
 )

@@ -1,0 +1,103 @@
+"""The ways to run one layer, by the layouts of its input and output; what each costs, copies included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from . import cost, variants
+from .candidate_cost import MARGIN
+from .cpu_spmm import SIDE, SPMM
+from .depthwise import DEPTHWISE
+from .devices import DeviceSpec
+from .layouts import CHANNELS_FIRST, CHANNELS_LAST, Layouts
+from .pattern import BlockPattern
+from .plan import DENSE, Decision
+from .roofline import Hints, memory_seconds, value
+from .spmm_roofline import TILE_SECONDS
+
+ALL_LAYOUTS = tuple(Layouts(reads, writes) for reads in (False, True) for writes in (False, True))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A kernel with the layouts that it reads and writes without a copy.
+
+    Args:
+        seconds: estimated, or scaled to a measurement where the decision was measured.
+    """
+
+    kernel: str
+    layouts: Layouts
+    seconds: float
+    pattern: BlockPattern | None = None
+    config: Mapping[str, int | str] = field(default_factory=dict)
+
+    def seconds_between(self, layouts: Layouts, copy_in: float, copy_out: float) -> float:
+        """Its time where its input and output lie so, copies that cost so much included.
+
+        As everywhere, a dense layer that is almost as fast as a sparse one is preferred.
+        """
+        seconds = self.seconds * (MARGIN if self.kernel == DENSE else 1.0)
+        seconds += copy_in * (self.layouts.reads_first != layouts.reads_first)
+        return seconds + copy_out * (self.layouts.writes_first != layouts.writes_first)
+
+
+def as_decided(decision: Decision) -> Way:
+    seconds = decision.estimates.get(decision.kernel, 0.0)
+    return Way(decision.kernel, CHANNELS_LAST, seconds, decision.pattern, decision.config)
+
+
+def may_run_channels_first(decision: Decision) -> bool:
+    """Whether one of its candidates is a kernel that runs channels first."""
+    site = decision.site
+    floats = site.device.startswith("cpu") and site.dtype == "float32"
+    return floats and len(site.kernel_size) > 0 and bool({SPMM.name, DEPTHWISE.name} & {*decision.estimates})
+
+
+def channels_first_ways(
+    decision: Decision, patterns: Sequence[BlockPattern], device: DeviceSpec, hints: Hints | None = None
+) -> Iterator[Way]:
+    """What may be cheaper than the decision where neighbours lie channels first.
+
+    Args:
+        patterns: the layer's weight in the blocks of such kernels; those without an estimate are left out.
+    """
+    for pattern in patterns:
+        for kernel, offered in ((SPMM.name, ALL_LAYOUTS), (DEPTHWISE.name, (CHANNELS_LAST, CHANNELS_FIRST))):
+            known = decision.estimates.get(cost.Candidate(0.0, kernel, pattern).label)
+            if known is not None:
+                yield from _ways(decision, kernel, pattern, known, offered, device, hints)
+
+
+def _ways(
+    decision: Decision,
+    kernel: str,
+    pattern: BlockPattern,
+    known: float,
+    offered: Sequence[Layouts],
+    device: DeviceSpec,
+    hints: Hints | None,
+) -> Iterator[Way]:
+    """`known` is the kernel's time channels last; the others keep its scale to the estimate."""
+    site, decided = decision.site, (decision.kernel, decision.pattern) == (kernel, pattern)
+    config = decision.config if decided else variants.VARIANTS[kernel].configs(site, pattern, device)[0]
+
+    def estimate(layouts: Layouts) -> float:
+        parameters = layouts.parameters
+        return cost.sparse_cost(site, pattern, device, kernel, config=parameters).evaluate(hints)
+
+    scale = known / estimate(CHANNELS_LAST)
+    for layouts in offered:
+        if not (decided and layouts == CHANNELS_LAST):
+            parameters = {**config, **layouts.parameters}
+            yield Way(kernel, layouts, scale * estimate(layouts), pattern, parameters)
+
+
+def copy_seconds(shape: Sequence[int], device: DeviceSpec) -> float:
+    """To lay out a tensor of this shape anew: a kernel of its own, which transposes tiles."""
+    elements = math.prod(shape)
+    transposes = elements / SIDE / device.vector_lanes * TILE_SECONDS / device.threads
+    # Read once, fetched and written once.
+    return transposes + value(memory_seconds(3 * 4 * elements, device)) + device.sparse_call_seconds
