@@ -3,7 +3,7 @@
 A product of tiles takes 16 cycles however little of them is filled: blocks of 16 input channels run at half
 the rate, and pixels that a tile computes for nothing cost as much as others. The sums of a tile are stored,
 converted and passed through the epilogue beside the products of the next one; what of it shows is
-`TILE_SECONDS`.
+`DeviceSpec.amx_tile_seconds`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from .devices import DeviceSpec
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 from .roofline import Cost
-
-TILE_SECONDS = 95e-9
-"""Fixed cost of 32 pixels by 32 output channels: 80 to 110 ns, measured with a prototype of these kernels."""
 
 PRODUCT_FLOPS = 2 * SIDE * SIDE * DEPTH
 
@@ -48,7 +45,7 @@ def amx_cost(
     fraction = device.efficiency.get(f"{variant}/{square}x{square}/{roofline.kind(site)}", 1.0)
     rate = device.peak_amx_flops_per_second_per_thread * fraction
     products = blocks * -(-block[0] // SIDE) * -(-block[1] // DEPTH)
-    fixed = -(-site.out_channels // SIDE) * TILE_SECONDS / 4
+    fixed = -(-site.out_channels // SIDE) * device.amx_tile_seconds / 4
     turns = sympy.ceiling(tiles / 2 / device.threads) * 2 * device.threads / tiles
     busiest = sympy.Min(turns, skew) / device.threads
     compute = tiles * (products * PRODUCT_FLOPS / rate + fixed) * busiest + filling / device.threads

@@ -25,8 +25,7 @@ LARGEST_FILTER = 49
 """Taps; larger filters than 7x7 are not depthwise layers that anybody trains for speed."""
 
 RATE = 0.55
-"""Of peak, with rows of 7 pixels and more; fitted to MobileNets."""
-
+"""Of peak, with rows of 7 pixels and more; fitted to MobileNets. A device's `efficiency` may know better."""
 
 STRIDED = 1.5
 """Time of a vector of every second input along a row, over that of neighbours."""
@@ -75,10 +74,11 @@ def depthwise_cost(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_L
     flops = 2 * positions(site) * site.out_channels * taps * inside_fraction(site)
     traffic = activation_bytes(site) + 4 * site.out_channels * taps
     waste = _row_waste(site, device) if layouts.reads_first else _channel_waste(site, device)
+    rate = device.efficiency.get(DEPTHWISE.name, RATE)
     return Cost(
         flops,
         traffic,
-        flops * waste / (RATE * device.peak_flops_per_second()),
+        flops * waste / (rate * device.peak_flops_per_second()),
         memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
     )

@@ -45,6 +45,11 @@ class DeviceSpec(Figures):
         dense_conv_call_seconds, dense_linear_call_seconds: fixed cost of one call of torch's operator.
         sparse_call_seconds: fixed cost of one generated kernel.
         epilogue_seconds_per_vector: bias, activation and store of one vector of outputs, on one thread.
+        amx_tile_seconds: fixed cost of 32 pixels by 32 output channels on AMX tiles. By default that of a
+            prototype of these kernels, 80 to 110 ns.
+        transpose_seconds_per_vector: to bring a vector of activations from channels-last to channel-major
+            order, or back, caches and epilogue included; on one thread. By default fitted to MobileNet-v1.
+        l2_read_over_copy: rate of reading runs of whole lines from L2, over that of a copy. Fitted likewise.
         efficiency: fraction of peak that kernels reach away from memory limits, by
             `"dense/<geometry>"`, `"dense_bf16/…"` and `"dense_amx/…"` (of those peaks), and
             `"<bh>x<bw>/<geometry>"` (optionally `"<variant>/<bh>x<bw>/…"`); see `cost.geometry` for the
@@ -71,6 +76,9 @@ class DeviceSpec(Figures):
     sparse_call_seconds: float
     epilogue_seconds_per_vector: float
     peak_amx_flops_per_second_per_thread: float = 0.0
+    amx_tile_seconds: float = 95e-9
+    transpose_seconds_per_vector: float = 15e-9 / 16
+    l2_read_over_copy: float = 1.4
     efficiency: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -296,6 +304,7 @@ _SAPPHIRE_RAPIDS = _AVX512_16CORE.with_figures(
     peak_amx_flops_per_second_per_thread=2.66e12,
 ).with_figures(
     "a prototype with these tiles, measured: Intel Xeon with AMX, 2 threads, gcc 12",
+    amx_tile_seconds=95e-9,
     efficiency={
         "dense_amx/spatial": 0.55,
         "dense_amx/pointwise": 0.36,

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 
 from . import cost, variants
 from .candidate_cost import MARGIN
-from .cpu_spmm import SIDE, SPMM
+from .cpu_spmm import SPMM
 from .depthwise import DEPTHWISE
 from .devices import DeviceSpec
 from .layouts import CHANNELS_FIRST, CHANNELS_LAST, Layouts
 from .pattern import BlockPattern
 from .plan import DENSE, Decision
 from .roofline import Hints, memory_seconds, value
-from .spmm_roofline import TILE_SECONDS
 
 ALL_LAYOUTS = tuple(Layouts(reads, writes) for reads in (False, True) for writes in (False, True))
 
@@ -98,6 +97,7 @@ def _ways(
 def copy_seconds(shape: Sequence[int], device: DeviceSpec) -> float:
     """To lay out a tensor of this shape anew: a kernel of its own, which transposes tiles."""
     elements = math.prod(shape)
-    transposes = elements / SIDE / device.vector_lanes * TILE_SECONDS / device.threads
+    vectors = elements / device.vector_lanes / device.threads
+    transposes = vectors * device.transpose_seconds_per_vector
     # Read once, fetched and written once.
     return transposes + value(memory_seconds(3 * 4 * elements, device)) + device.sparse_call_seconds

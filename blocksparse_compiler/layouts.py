@@ -1,7 +1,7 @@
 """How activations lie in memory on either side of a layer.
 
 *Channels last*: the channels of a pixel are neighbours (NHWC), as dense convolutions want it.
-*Channels first*: the pixels of a channel are (NCHW, contiguous), as kernels with vectors along pixels want it.
+*Channels first*: the pixels of a channel are neighbours (NCHW), as kernels with vectors along pixels want it.
 """
 
 from __future__ import annotations

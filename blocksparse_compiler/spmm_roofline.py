@@ -17,13 +17,7 @@ from .plan import Site
 from .roofline import Cost, activation_bytes, memory_seconds, positions, symbolic, weight_elements
 
 MULTIPLY_RATE = 0.8
-"""Of peak, with everything in registers and L1."""
-
-TILE_SECONDS = 15e-9
-"""To transpose 16 x 16 floats on vectors of 16, caches and epilogue included; fitted to MobileNet-v1."""
-
-FETCH_RATE = 1.4
-"""Of the rate at which a copy streams from L2: nonzeros read runs of whole lines. Fitted likewise."""
+"""Of peak, with everything in registers and L1; a device's `efficiency` may know better."""
 
 _BYTES, _INDEX_BYTES = 4, 4
 
@@ -48,8 +42,7 @@ def sparse_rows_cost(
     turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
     rows = site.in_channels * (not layouts.reads_first)
     rows += site.out_channels / row_threads * (not layouts.writes_first)
-    tiles = rows / cpu_spmm.SIDE * tile.pixels / cpu_spmm.SIDE
-    transposes = tiles * TILE_SECONDS * cpu_spmm.SIDE / device.vector_lanes
+    transposes = rows * tile.pixels / device.vector_lanes * device.transpose_seconds_per_vector
     panel = blocks / row_threads * _block_seconds(site, height, tile, device)
     traffic = activation_bytes(site) + blocks * (_BYTES * height + _INDEX_BYTES)
     return Cost(
@@ -64,9 +57,11 @@ def sparse_rows_cost(
 def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: DeviceSpec) -> float:
     """One nonzero block on one thread's tile."""
     vector = 2 * tile.lanes / device.peak_fp32_flops_per_second_per_thread
-    multiply = height * tile.vectors * vector / MULTIPLY_RATE
+    rate = device.efficiency.get(f"{cpu_spmm.SPMM.name}/{height}x1", MULTIPLY_RATE)
+    multiply = height * tile.vectors * vector / rate
     load = (tile.vectors + height + 2) * vector
     panel_bytes = _BYTES * site.in_channels * tile.pixels
     missing = max(0.0, 1 - 0.75 * device.l1_bytes_per_thread / panel_bytes)
-    fetch = missing * _BYTES * tile.pixels / (FETCH_RATE * device.l2_bytes_per_second_per_thread)
+    read_rate = device.l2_read_over_copy * device.l2_bytes_per_second_per_thread
+    fetch = missing * _BYTES * tile.pixels / read_rate
     return max(multiply, load, fetch)

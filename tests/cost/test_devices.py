@@ -32,6 +32,9 @@ RANGES = {
     "dense_linear_call_seconds": (1e-7, 1e-3),
     "sparse_call_seconds": (1e-8, 1e-3),
     "epilogue_seconds_per_vector": (1e-11, 1e-7),
+    "amx_tile_seconds": (1e-9, 1e-6),
+    "transpose_seconds_per_vector": (1e-11, 1e-7),
+    "l2_read_over_copy": (0.5, 5),
 }
 ALL = [*SPECS.values(), DeviceSpec.host()]
 
