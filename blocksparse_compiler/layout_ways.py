@@ -56,39 +56,25 @@ def may_run_channels_first(decision: Decision) -> bool:
 
 
 def channels_first_ways(
-    decision: Decision, patterns: Sequence[BlockPattern], device: DeviceSpec, hints: Hints | None = None
+    decision: Decision, pattern: BlockPattern, device: DeviceSpec, hints: Hints | None = None
 ) -> Iterator[Way]:
     """What may be cheaper than the decision where neighbours lie channels first.
 
     Args:
-        patterns: the layer's weight in the blocks of such kernels; those without an estimate are left out.
+        pattern: the layer's weight in the blocks of such a kernel. Its time channels last is known; those in
+            other layouts keep its scale to the estimate.
     """
-    for pattern in patterns:
-        for kernel, offered in ((SPMM.name, ALL_LAYOUTS), (DEPTHWISE.name, (CHANNELS_LAST, CHANNELS_FIRST))):
-            known = decision.estimates.get(cost.Candidate(0.0, kernel, pattern).label)
-            if known is not None:
-                yield from _ways(decision, kernel, pattern, known, offered, device, hints)
-
-
-def _ways(
-    decision: Decision,
-    kernel: str,
-    pattern: BlockPattern,
-    known: float,
-    offered: Sequence[Layouts],
-    device: DeviceSpec,
-    hints: Hints | None,
-) -> Iterator[Way]:
-    """`known` is the kernel's time channels last; the others keep its scale to the estimate."""
-    site, decided = decision.site, (decision.kernel, decision.pattern) == (kernel, pattern)
+    site = decision.site
+    kernel = SPMM.name if SPMM.unsupported(site, pattern) is None else DEPTHWISE.name
+    decided = decision.kernel == kernel
     config = decision.config if decided else variants.VARIANTS[kernel].configs(site, pattern, device)[0]
 
     def estimate(layouts: Layouts) -> float:
-        parameters = layouts.parameters
-        return cost.sparse_cost(site, pattern, device, kernel, config=parameters).evaluate(hints)
+        return cost.sparse_cost(site, pattern, device, kernel, config=layouts.parameters).evaluate(hints)
 
+    known = decision.estimates[cost.Candidate(0.0, kernel, pattern).label]
     scale = known / estimate(CHANNELS_LAST)
-    for layouts in offered:
+    for layouts in ALL_LAYOUTS if kernel == SPMM.name else (CHANNELS_LAST, CHANNELS_FIRST):
         if not (decided and layouts == CHANNELS_LAST):
             parameters = {**config, **layouts.parameters}
             yield Way(kernel, layouts, scale * estimate(layouts), pattern, parameters)

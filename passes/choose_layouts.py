@@ -4,14 +4,14 @@ spmm → depthwise → spmm     channels last     transposes in and out of each 
 spmm ⇒ depthwise ⇒ spmm     channels first    none; the region's borders transpose, or copy
 
 Every tensor with channels and pixels gets one of the two layouts. A layer costs what its best kernel costs
-between the layouts of its input and output, any other node copies operands that lie otherwise than its
-result, and the caller gets the strides that the model has without us. The cheapest labelling is a minimum cut.
+between the layouts of its input and output, any other node copies operands that lie otherwise than its result,
+and the caller gets the strides of the model without us. A minimum cut finds the labels of least cost.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import networkx
@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Node
 
 from .. import cost
 from ..candidate_cost import MARGIN
-from ..cpu_spmm import HEIGHTS, SPMM
-from ..depthwise import depthwise_pattern
-from ..devices import AnyDevice
+from ..cpu_spmm import BLOCK_SHAPES, SPMM
+from ..depthwise import DEPTHWISE, depthwise_pattern
+from ..devices import AnyDevice, DeviceSpec
 from ..devices import device as present_device
 from ..gpu_devices import GpuSpec
 from ..layout_ways import Way, as_decided, channels_first_ways, copy_seconds, may_run_channels_first
@@ -36,6 +36,7 @@ from .calls import layer_call, norm_call, op_name, size_of, tensor_meta
 from .channel_axes import MEANS, POINTWISE, POOLS
 from .choose_kernels import traced_sizes
 from .lower_sites import is_channels_last
+from .permute_channels import NOTE
 from .static_values import StaticValues
 
 NEVER = units(1e3)
@@ -45,17 +46,22 @@ _LAYOUT_KEEPING = {*POINTWISE, *POOLS, "cat", "concat", "pad", "constant_pad_nd"
 
 
 def choose_layouts(
-    gm: GraphModule, plan: Plan, device: AnyDevice | None = None, *, hints: Mapping[str, int] | None = None
+    gm: GraphModule,
+    plan: Plan,
+    device: AnyDevice | None = None,
+    *,
+    hints: Mapping[str, int] | None = None,
+    spec_of: Callable[[str], AnyDevice] = present_device,
 ) -> Plan:
     """`plan` with the layouts of its layers, and kernels that suit them, where that is cheaper.
 
     Args:
         gm: the graph that `plan` was made from, by `choose_kernels`.
-        device, hints: as there.
+        device, hints, spec_of: as there.
     """
     if isinstance(device, GpuSpec) or not any(map(may_run_channels_first, plan)):
         return plan
-    choice = _Choice(gm, plan, device, {**traced_sizes(gm), **(hints or {})})
+    choice = _Choice(gm, plan, device, spec_of, {**traced_sizes(gm), **(hints or {})})
     first = choice.costs.cheapest()
     for region in choice.regions(first):
         if not choice.pays(region, first):
@@ -67,12 +73,17 @@ class _Choice:
     """The costs of one graph's labels: 1 is channels first. Nodes without a layout have none."""
 
     def __init__(
-        self, gm: GraphModule, plan: Plan, device: AnyDevice | None, hints: Mapping[str, int]
+        self,
+        gm: GraphModule,
+        plan: Plan,
+        device: AnyDevice | None,
+        spec_of: Callable[[str], AnyDevice],
+        hints: Mapping[str, int],
     ) -> None:
         self.costs = LabelCosts()
         self.hints = hints
         self._is_planned_elsewhere = device is not None
-        self._spec = functools.cache(lambda where: device or present_device(where))
+        self._spec = functools.cache(lambda where: device or spec_of(where))
         self._values = StaticValues(gm)
         self._layers = {decision.site.node: decision for decision in plan}
         self._ways: dict[str, list[Way]] = {}
@@ -123,8 +134,9 @@ class _Choice:
         x, name = call.input, node.name
         self._sides[name], self._ways[name] = (x, node), [as_decided(decision)]
         if may_run_channels_first(decision) and self._may_lie_first(x) and self._may_lie_first(node):
-            patterns, spec = self._patterns(decision, call.weight), self._spec(decision.site.device)
-            self._ways[name] += channels_first_ways(decision, patterns, spec, self.hints)
+            pattern, spec = self._pattern(decision, call.weight), self._spec(decision.site.device)
+            if pattern is not None and isinstance(spec, DeviceSpec):
+                self._ways[name] += channels_first_ways(decision, pattern, spec, self.hints)
         elif not self._may_lie_first(node):
             self._fix(node, False, NEVER)
         table = _table(*(self.units(name, Layouts(i, o)) for i in (False, True) for o in (False, True)))
@@ -135,16 +147,20 @@ class _Choice:
         elif has_layout(x) and x.op != "get_attr":
             self.costs.add(x, (table[0][0], table[1][0]))
 
-    def _patterns(self, decision: Decision, weight_node: Node) -> list[BlockPattern]:
-        """The weight in the blocks of the candidates that run channels first."""
-        known = {f"{SPMM.name} {height}x1": (height, 1) for height in HEIGHTS}
-        shapes = [shape for label, shape in known.items() if label in decision.estimates]
-        weight = self._values.get(weight_node) if shapes else None
-        if weight is None:
-            return depthwise_pattern(decision.site)
-        if decision.pattern is not None and shapes == [decision.pattern.block_shape]:
-            return [decision.pattern]
-        return zero_block_patterns(weight, decision.site.groups, shapes)
+    def _pattern(self, decision: Decision, weight_node: Node) -> BlockPattern | None:
+        """The weight in the blocks of the best kernel that runs channels first: transposes cost all alike."""
+        if decision.kernel in (SPMM.name, DEPTHWISE.name):
+            return decision.pattern
+        if whole := depthwise_pattern(decision.site):
+            return whole[0]
+        shapes = {f"{SPMM.name} {h}x{w}": (h, w) for h, w in BLOCK_SHAPES}
+        labels = (label for label in decision.estimates if label in shapes)
+        label = min(labels, key=decision.estimates.__getitem__, default=None)
+        weight = self._values.get(weight_node) if label else None
+        if label is None or weight is None:
+            return None
+        found = zero_block_patterns(weight, decision.site.groups, [shapes[label]])
+        return found[0] if found else None
 
     # ---- figures ----------------------------------------------------------------------------------
 
@@ -200,16 +216,17 @@ class _Choice:
             return old
         x, node = self._sides[layer]
         _, way = self.best(layer, Layouts(x in first, node in first))
-        return old if way is self._ways[layer][0] else _carried_out(old, way)
+        return old if way is self._ways[layer][0] else _carried_out(old, way, node.meta.get(NOTE))
 
 
-def _carried_out(old: Decision, way: Way) -> Decision:
+def _carried_out(old: Decision, way: Way, note: str | None) -> Decision:
     assert way.pattern is not None
     label = cost.Candidate(0.0, way.kernel, way.pattern).label
     dense, last = old.estimates[DENSE], old.estimates[label]
-    # The first part of the sentence is about seconds, the last about layouts.
+    # Of the same kernel, all but the first part of the sentence still holds, which is about seconds.
+    further = old.reason.split("; ")[1:] if way.kernel == old.kernel else [note] if note else []
     why = cost.why_sparse(way.pattern, way.seconds, dense, measured=old.measured)
-    reason = "; ".join([why, *old.reason.split("; ")[1:], _why_first(way.layouts, last - way.seconds)])
+    reason = "; ".join([why, *further, _why_first(way.layouts, last - way.seconds)])
     estimates = {**old.estimates, way.kernel: way.seconds}
     return replace(
         old, kernel=way.kernel, reason=reason, pattern=way.pattern, config=way.config, estimates=estimates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..devices import AnyDevice
+from ..devices import device as present_device
 from ..layouts import CHANNELS_LAST, Layouts
 from ..pattern import BlockShape
 from ..plan import Plan
@@ -38,6 +40,7 @@ class PassContext:
     given_plan: Plan | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     tune: Callable[[GraphModule, Plan], Plan] | None = None
+    spec_of: Callable[[str], AnyDevice] = field(default_factory=lambda: functools.cache(present_device))
     plan: Plan = field(default_factory=Plan)
     on_pass: Callable[[str, GraphModule, int], None] | None = None
 
@@ -50,6 +53,7 @@ def _choose(gm: GraphModule, context: PassContext) -> int:
         allow_dense=context.allow_dense,
         plan=context.given_plan,
         inductor=context.inductor,
+        spec_of=context.spec_of,
     )
     if context.tune is not None and context.given_plan is None:
         context.plan = context.tune(gm, context.plan)
@@ -58,7 +62,7 @@ def _choose(gm: GraphModule, context: PassContext) -> int:
 
 def _choose_layouts(gm: GraphModule, context: PassContext) -> int:
     if context.given_plan is None:  # whose layouts are obeyed
-        context.plan = choose_layouts(gm, context.plan, context.device)
+        context.plan = choose_layouts(gm, context.plan, context.device, spec_of=context.spec_of)
     return sum(Layouts.of(decision.config) != CHANNELS_LAST for decision in context.plan)
 
 
