@@ -4,8 +4,8 @@ spmm → depthwise → spmm     channels last     transposes in and out of each 
 spmm ⇒ depthwise ⇒ spmm     channels first    none; the region's borders transpose, or copy
 
 Every tensor with channels and pixels gets one of the two layouts. A layer costs what its best kernel costs
-between the layouts of its input and output, any other node copies operands that lie otherwise than its result,
-and the caller gets the strides of the model without us. A minimum cut finds the labels of least cost.
+between the layouts of its input and output, any other node copies operands that lie otherwise than its
+result, and the caller gets the strides of the model without us. A minimum cut finds the labels of least cost.
 """
 
 from __future__ import annotations
