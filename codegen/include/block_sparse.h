@@ -452,6 +452,10 @@ struct Tile {
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) Vec::store(acc[p][j], sums.total + (p * VECTORS + j) * LANES);
     }
+#if defined(__GNUC__)
+    // Whose address is taken stays in memory: GCC holds few of them in registers, and then spills the weights.
+    asm volatile("" : : "r"(sums.total) : "memory");
+#endif
   }
 
   BLOCK_SPARSE_INLINE void add(Accumulators& acc, const PartialSums& sums) {
