@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..cpu_spmm import PixelTile, pixel_tiles, reads_first, writes_first
+from ..cpu_spmm import PixelTile, pixel_tiles
+from ..layouts import Layouts
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
 from .cpu_spmm_template import PixelGrid, SparseRowsTemplate
 from .inductor_api import ir, lowerings, parallel_num_threads
@@ -30,7 +31,8 @@ def lower_scattered_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Any:
-    reads, writes = reads_first(weight.config.parameters), writes_first(weight.config.parameters)
+    layouts = Layouts.of(weight.config.parameters)
+    reads, writes = layouts.reads_first, layouts.writes_first
     to_memory = channels_first_conv if reads else channels_last_conv
     x, conv = to_memory(x, kernel_size, stride, padding, dilation)
     n, (h, w) = as_int(x.get_size()[0]), conv.output_size

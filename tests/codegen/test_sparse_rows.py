@@ -22,8 +22,9 @@ from torch.nn import functional
 import blocksparse_compiler as bsc
 from blocksparse_compiler import BlockPattern, cost, trace
 from blocksparse_compiler.backend import compiled_graphs
-from blocksparse_compiler.cpu_spmm import CHANNELS_FIRST, HEIGHTS, SPMM, pixel_tile, pixel_tiles
+from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM, pixel_tile, pixel_tiles
 from blocksparse_compiler.depthwise import DEPTHWISE
+from blocksparse_compiler.layouts import FIRST
 from blocksparse_compiler.packing import unpack_weight
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
@@ -37,7 +38,7 @@ LAYOUTS = [(), ("reads",), ("writes",), ("reads", "writes")]
 def rows(shape, out_channels, height=1, first=(), parameters=None, **kwargs) -> Case:
     kernel_size = (1,) * (len(shape) - 2)
     fields = {"density": 0.2, "kernel_size": kernel_size, "block": (height, 1), **kwargs}
-    parameters = {**(parameters or {}), **dict.fromkeys(first, CHANNELS_FIRST)}
+    parameters = {**(parameters or {}), **dict.fromkeys(first, FIRST)}
     last = "writes" not in first
     return Case(shape, out_channels, variant=SPMM.name, parameters=parameters, channels_last=last, **fields)
 
