@@ -14,7 +14,7 @@ import sympy
 
 from ..cpu_spmm import SIDE, PixelTile
 from .cpu_template import BlockSparseTemplate
-from .epilogue import clamp_natively, unroll
+from .epilogue import clamp_natively, flipped, flipped_index, unroll
 from .tiling import Size, is_static
 
 
@@ -156,6 +156,9 @@ class SparseRowsTemplate(BlockSparseTemplate):
             source = kernel.slice_nd(source, [("0", str(rows)), ("0", str(columns))])
         part = [("m_start", f"m_start + {rows}"), ("c_start", f"c_start + {columns}")]
         target, offsets = kernel.slice_nd(matrix, part), ("m_start", "c_start")
+        if rows == 1:
+            target, source, offsets = flipped(target), flipped(source), offsets[::-1]
+            reindexers = [flipped_index(reindex) for reindex in reindexers]
         code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
         return unroll(clamp_natively(code))
 
