@@ -72,12 +72,17 @@ def channels_first_ways(
     def estimate(layouts: Layouts) -> float:
         return cost.sparse_cost(site, pattern, device, kernel, config=layouts.parameters).evaluate(hints)
 
+    def parameters(layouts: Layouts) -> Mapping[str, int | str]:
+        if kernel == SPMM.name and layouts != CHANNELS_LAST:
+            return SPMM.configs(site, pattern, device, layouts)[0]
+        return {**config, **layouts.parameters}
+
     known = decision.estimates[cost.Candidate(0.0, kernel, pattern).label]
     scale = known / estimate(CHANNELS_LAST)
     for layouts in ALL_LAYOUTS if kernel == SPMM.name else (CHANNELS_LAST, CHANNELS_FIRST):
         if not (decided and layouts == CHANNELS_LAST):
-            parameters = {**config, **layouts.parameters}
-            yield Way(kernel, layouts, scale * estimate(layouts), pattern, parameters)
+            seconds = scale * estimate(layouts)
+            yield Way(kernel, layouts, seconds, pattern, parameters(layouts))
 
 
 def copy_seconds(shape: Sequence[int], device: DeviceSpec) -> float:

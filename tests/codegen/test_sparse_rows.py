@@ -24,7 +24,7 @@ from blocksparse_compiler import BlockPattern, cost, trace
 from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM, pixel_tile, pixel_tiles
 from blocksparse_compiler.depthwise import DEPTHWISE
-from blocksparse_compiler.layouts import FIRST
+from blocksparse_compiler.layouts import CHANNELS_FIRST, FIRST, Layouts
 from blocksparse_compiler.packing import unpack_weight
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
@@ -241,6 +241,28 @@ def test_single_weights_of_many_channels_keep_their_panel_in_l1():
     wide = conv_site(512, 512, kernel=1, size=14, batch=1)
     assert 4 * 512 * pixel_tile(1, wide, FIXED).pixels <= 1.5 * FIXED.l1_bytes_per_thread
     assert pixel_tile(4, wide, FIXED).pixels > pixel_tile(1, wide, FIXED).pixels
+
+
+def test_threads_share_no_line_of_channels_first_output():
+    def row_threads(size, batch=1, layouts=CHANNELS_FIRST):
+        site = conv_site(384, 64, kernel=1, size=size, batch=batch)
+        return SPMM.configs(site, _full((384, 64, 1, 1)), FIXED, layouts)[0]["row_threads"]
+
+    assert row_threads(14) == FIXED.threads > 1
+    assert row_threads(28) == row_threads(14, batch=8) == row_threads(14, layouts=Layouts(True, False)) == 1
+
+
+def test_rows_that_many_weights_read_are_copied_side_by_side():
+    def panel(size, in_channels, out_channels, density):
+        torch.manual_seed(0)
+        pattern = _full((out_channels, in_channels, 1, 1))
+        pattern = pattern.with_kept(torch.rand(pattern.grid_shape) < density)
+        site = conv_site(out_channels, in_channels, kernel=1, size=size, batch=1)
+        return SPMM.configs(site, pattern, FIXED, CHANNELS_FIRST)[0].get("panel", 0)
+
+    assert panel(14, 64, 384, 0.15) == 1 and panel(14, 384, 96, 0.15) == 0
+    assert panel(28, 64, 384, 0.15) == 0, "aligned rows are read where they lie"
+    assert panel(7, 384, 96, 0.15) == 1, "a whole image is one run of memory"
 
 
 @pytest.mark.parametrize(
