@@ -98,18 +98,22 @@ def split_rows(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST)
     return device.threads if shared or images * pixels < 64 * device.threads else 1
 
 
-def wants_panel(
-    site: Site, blocks: float, device: DeviceSpec, row_threads: int, tile: PixelTile, layouts: Layouts
-) -> bool:
-    """Whether to copy the rows of a channels-first tile side by side first.
-
-    Rows that start anywhere have vectors that straddle cache lines, and each of the nonzero `blocks` reads
-    them again. To copy a row costs as much as about 8 such reads, or 2 where the image is one run of memory.
-    """
+def straddles(site: Site, device: DeviceSpec, layouts: Layouts) -> bool:
+    """Whether the kernel reads rows of pixels that start anywhere, so that vectors straddle cache lines."""
     grid = pixel_grid(site, layouts)
-    if grid is None or not layouts.reads_first or grid[1] % device.vector_lanes == 0:
+    return grid is not None and layouts.reads_first and grid[1] % device.vector_lanes > 0
+
+
+def wants_panel(site: Site, blocks: float, device: DeviceSpec, row_threads: int, layouts: Layouts) -> bool:
+    """Whether to copy the rows of a channels-first tile side by side first: if they straddle cache
+    lines and enough of the nonzero `blocks` read each of them.
+
+    To copy a row costs as much as about 8 such reads, or 2 of a small image, where rows lie side by side.
+    """
+    if not straddles(site, device, layouts):
         return False
-    return blocks / row_threads / site.in_channels >= (2 if grid[1] <= tile.pixels else 8)
+    pixels = math.prod(int(size) for size in site.output_spatial)
+    return blocks / row_threads / site.in_channels >= (2 if pixels < 64 else 8)
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,13 @@ class SparseRowsVariant(KernelVariant):
         found: list[Parameters] = []
         for row_threads in dict.fromkeys((split_rows(site, device, layouts), device.threads, 1)):
             tile = pixel_tile(height, site, device, row_threads, layouts)
-            config = {"pixels": tile.pixels, "row_threads": row_threads, **layouts.parameters}
-            if wants_panel(site, pattern.num_kept, device, row_threads, tile, layouts):
+            config: Parameters = {"pixels": tile.pixels, "row_threads": row_threads, **layouts.parameters}
+            if wants_panel(site, pattern.num_kept, device, row_threads, layouts):
                 config["panel"] = 1
+            elif straddles(site, device, layouts):  # the fewer vectors in a row, the more lines for each
+                config["pixels"] = pixel_tiles(height, device.vector_lanes, device.vector_registers)[
+                    -1
+                ].pixels
             found.append(config)
         return found
 
