@@ -99,8 +99,11 @@ def split_rows(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST)
 
 
 def straddles(site: Site, device: DeviceSpec, layouts: Layouts) -> bool:
-    """Whether the kernel reads rows of pixels that start anywhere, so that vectors straddle cache lines."""
-    grid = pixel_grid(site, layouts)
+    """Whether the kernel reads rows of pixels that start anywhere, so that vectors straddle cache lines.
+
+    Strided convolutions read single pixels.
+    """
+    grid = None if any(s != 1 for s in site.stride) else pixel_grid(site, layouts)
     return grid is not None and layouts.reads_first and grid[1] % device.vector_lanes > 0
 
 
@@ -127,8 +130,8 @@ class SparseRowsVariant(KernelVariant):
         return None
 
     def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
-        if math.prod(site.kernel_size) != 1 or any(s != 1 for s in site.stride):
-            return "runs 1x1 convolutions of stride 1 only"
+        if math.prod(site.kernel_size) != 1:
+            return "runs 1x1 convolutions only"
         return "no kernel for padded 1x1 convolutions" if any(map(any, site.padding)) else None
 
     def configs(

@@ -43,9 +43,8 @@ def sparse_rows_cost(
     images = symbolic(site.input_shape[0]) if layouts != CHANNELS_LAST else sympy.Integer(1)
     panels = images * sympy.ceiling(positions(site) / images / tile.pixels)
     turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
-    rows = site.in_channels * (
-        1.0 if not layouts.reads_first else _COPY if cpu_spmm.straddles(site, device, layouts) else 0.0
-    )
+    rows = site.in_channels * float(not layouts.reads_first)
+    rows += site.in_channels * _COPY * cpu_spmm.straddles(site, device, layouts)
     rows += site.out_channels / row_threads * (not layouts.writes_first)
     transposes = rows * tile.pixels / device.vector_lanes * device.transpose_seconds_per_vector
     panel = blocks / row_threads * _block_seconds(site, height, tile, device)
