@@ -98,18 +98,25 @@ def split_rows(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST)
     return device.threads if shared or images * pixels < 64 * device.threads else 1
 
 
-def wants_panel(
-    site: Site, blocks: float, device: DeviceSpec, row_threads: int, tile: PixelTile, layouts: Layouts
-) -> bool:
-    """Whether to copy the rows of a channels-first tile side by side first.
+def straddles(site: Site, device: DeviceSpec, layouts: Layouts) -> bool:
+    """Whether the kernel reads rows of pixels that start anywhere, so that vectors straddle cache lines.
 
-    Rows that start anywhere have vectors that straddle cache lines, and each of the nonzero `blocks` reads
-    them again. To copy a row costs as much as about 8 such reads, or 2 where the image is one run of memory.
+    Strided convolutions read single pixels.
     """
-    grid = pixel_grid(site, layouts)
-    if grid is None or not layouts.reads_first or grid[1] % device.vector_lanes == 0:
+    grid = None if any(s != 1 for s in site.stride) else pixel_grid(site, layouts)
+    return grid is not None and layouts.reads_first and grid[1] % device.vector_lanes > 0
+
+
+def wants_panel(site: Site, blocks: float, device: DeviceSpec, row_threads: int, layouts: Layouts) -> bool:
+    """Whether to copy the rows of a channels-first tile side by side first: if they straddle cache
+    lines and enough of the nonzero `blocks` read each of them.
+
+    To copy a row costs as much as about 8 such reads, or 2 of a small image, where rows lie side by side.
+    """
+    if not straddles(site, device, layouts):
         return False
-    return blocks / row_threads / site.in_channels >= (2 if grid[1] <= tile.pixels else 8)
+    pixels = math.prod(int(size) for size in site.output_spatial)
+    return blocks / row_threads / site.in_channels >= (2 if pixels < 64 else 8)
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,8 @@ class SparseRowsVariant(KernelVariant):
         return None
 
     def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
-        if math.prod(site.kernel_size) != 1 or any(s != 1 for s in site.stride):
-            return "runs 1x1 convolutions of stride 1 only"
+        if math.prod(site.kernel_size) != 1:
+            return "runs 1x1 convolutions only"
         return "no kernel for padded 1x1 convolutions" if any(map(any, site.padding)) else None
 
     def configs(
@@ -136,9 +143,13 @@ class SparseRowsVariant(KernelVariant):
         found: list[Parameters] = []
         for row_threads in dict.fromkeys((split_rows(site, device, layouts), device.threads, 1)):
             tile = pixel_tile(height, site, device, row_threads, layouts)
-            config = {"pixels": tile.pixels, "row_threads": row_threads, **layouts.parameters}
-            if wants_panel(site, pattern.num_kept, device, row_threads, tile, layouts):
+            config: Parameters = {"pixels": tile.pixels, "row_threads": row_threads, **layouts.parameters}
+            if wants_panel(site, pattern.num_kept, device, row_threads, layouts):
                 config["panel"] = 1
+            elif straddles(site, device, layouts):  # the fewer vectors in a row, the more lines for each
+                config["pixels"] = pixel_tiles(height, device.vector_lanes, device.vector_registers)[
+                    -1
+                ].pixels
             found.append(config)
         return found
 

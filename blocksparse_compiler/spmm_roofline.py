@@ -11,7 +11,7 @@ import sympy
 
 from . import cpu_spmm
 from .devices import DeviceSpec
-from .layouts import CHANNELS_FIRST, CHANNELS_LAST, Layouts
+from .layouts import CHANNELS_LAST, Layouts
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 from .roofline import Cost, activation_bytes, memory_seconds, positions, symbolic, weight_elements
@@ -43,7 +43,8 @@ def sparse_rows_cost(
     images = symbolic(site.input_shape[0]) if layouts != CHANNELS_LAST else sympy.Integer(1)
     panels = images * sympy.ceiling(positions(site) / images / tile.pixels)
     turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
-    rows = site.in_channels * (1.0 if not layouts.reads_first else _COPY if _is_ragged(site, device) else 0.0)
+    rows = site.in_channels * float(not layouts.reads_first)
+    rows += site.in_channels * _COPY * cpu_spmm.straddles(site, device, layouts)
     rows += site.out_channels / row_threads * (not layouts.writes_first)
     transposes = rows * tile.pixels / device.vector_lanes * device.transpose_seconds_per_vector
     panel = blocks / row_threads * _block_seconds(site, height, tile, device)
@@ -55,12 +56,6 @@ def sparse_rows_cost(
         memory_seconds(traffic, device),
         device.sparse_call_seconds + turns * transposes,  # transposes wait for what they read
     )
-
-
-def _is_ragged(site: Site, device: DeviceSpec) -> bool:
-    """Whether the pixels of an image fill no whole vectors."""
-    grid = cpu_spmm.pixel_grid(site, CHANNELS_FIRST)
-    return grid is not None and grid[1] % device.vector_lanes > 0
 
 
 def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: DeviceSpec) -> float:

@@ -72,6 +72,10 @@ TRICKY = [
     rows((3, 20, 1, 1), 9, 1, LAYOUTS[3]),
     rows((2, 9, 33), 40, 4, LAYOUTS[3]),
     rows((1, 16, 4, 4), 16, 1, LAYOUTS[3], density=0.0),
+    # Strided: rows of several tiles and of a part of one, images that share a tile.
+    *(rows((3, 37, 9, 13), 30, 2, first, stride=(2, 2)) for first in LAYOUTS),
+    rows((2, 37, 5, 70), 20, 4, LAYOUTS[0], stride=(3, 1), parameters={"row_threads": 2}),
+    rows((2, 20, 33), 18, 1, LAYOUTS[3], stride=(2,)),
 ]
 
 
@@ -127,6 +131,7 @@ def cases(draw):
         draw(st.sampled_from(HEIGHTS)),
         first,
         parameters,
+        stride=tuple(draw(st.integers(1, 2)) for _ in image),
         bias=draw(st.booleans()),
         density=draw(st.sampled_from([0.05, 0.3, 1.0])),
         seed=draw(st.integers(0, 2**16)),
@@ -273,7 +278,7 @@ def test_rows_that_many_weights_read_are_copied_side_by_side():
         (conv_site(kernel=1), (3, 1), "blocks of 1x1"),
         (conv_site(kernel=1), (4, 4), "blocks of 1x1"),
         (conv_site(kernel=3), (1, 1), "1x1 convolutions"),
-        (conv_site(kernel=1, stride=(2, 2)), (1, 1), "stride 1"),
+        (conv_site(kernel=1, stride=(2, 2)), (1, 1), None),
         (conv_site(kernel=1, padding=((1, 1), (0, 0))), (1, 1), "padded"),
     ],
 )
