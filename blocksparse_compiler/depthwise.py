@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .devices import DeviceSpec
 from .kernel_variant import KernelVariant, Parameters
+from .layouts import CHANNELS_LAST, Layouts
 from .packing import PackedWeight
 from .pattern import BlockPattern
 from .plan import Site
@@ -25,6 +26,9 @@ LARGEST_FILTER = 49
 
 RATE = 0.55
 """Of peak, with rows of 7 pixels and more; fitted to MobileNets. A device's `efficiency` may know better."""
+
+STRIDED = 1.5
+"""Time of a vector of every second input along a row, over that of neighbours."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,13 @@ def depthwise_pattern(site: Site) -> list[BlockPattern]:
     return [] if DEPTHWISE.unsupported(site, pattern) else [pattern]
 
 
-def depthwise_cost(site: Site, device: DeviceSpec) -> Cost:
-    """A depthwise layer on `DEPTHWISE`."""
+def depthwise_cost(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST) -> Cost:
+    """A depthwise layer on `DEPTHWISE`: vectors run along channels, or along rows if those lie first."""
     taps = math.prod(site.kernel_size)
     flops = 2 * positions(site) * site.out_channels * taps * inside_fraction(site)
     traffic = activation_bytes(site) + 4 * site.out_channels * taps
-    lanes = device.vector_lanes
+    waste = _row_waste(site, device) if layouts.reads_first else _channel_waste(site, device)
     rate = device.efficiency.get(DEPTHWISE.name, RATE)
-    waste = -(-site.in_channels // lanes) * lanes / site.in_channels
     return Cost(
         flops,
         traffic,
@@ -79,3 +82,17 @@ def depthwise_cost(site: Site, device: DeviceSpec) -> Cost:
         memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
     )
+
+
+def _channel_waste(site: Site, device: DeviceSpec) -> float:
+    """Lanes computed over lanes filled, along channels."""
+    lanes = device.vector_lanes
+    return -(-site.in_channels // lanes) * lanes / site.in_channels
+
+
+def _row_waste(site: Site, device: DeviceSpec) -> float:
+    """The same along output rows; half vectors serve the shortest, and strides gather what they multiply."""
+    width = int(site.output_spatial[-1])
+    lanes = min(device.vector_lanes, 8 if width <= 8 else 16)
+    filled = -(-width // lanes) * lanes / width
+    return filled * device.vector_lanes / lanes * (1 if site.stride[-1] == 1 else STRIDED)

@@ -1,7 +1,8 @@
 """What the CPU kernel for scattered weights costs (`cpu_spmm`): nonzeros, and transposing in and out.
 
 A nonzero block costs the dearest of its multiply-adds, its instructions that load, and, where the panel of
-inputs exceeds L1, the bytes that it takes from L2. Higher blocks share the loads and the bytes.
+inputs exceeds L1, the bytes that it takes from L2. Higher blocks share the loads and the bytes. A side of the
+layer that lies channels first is not transposed; its pixel tiles then end with each image.
 """
 
 from __future__ import annotations
@@ -10,38 +11,50 @@ import sympy
 
 from . import cpu_spmm
 from .devices import DeviceSpec
+from .layouts import CHANNELS_LAST, Layouts
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
-from .roofline import Cost, activation_bytes, memory_seconds, positions, weight_elements
+from .roofline import Cost, activation_bytes, memory_seconds, positions, symbolic, weight_elements
 
 MULTIPLY_RATE = 0.8
 """Of peak, with everything in registers and L1; a device's `efficiency` may know better."""
+
+_COPY = 0.5
+"""Of a transpose: to copy rows of pixels that start anywhere side by side, or to read them as they lie."""
 
 _BYTES, _INDEX_BYTES = 4, 4
 
 
 def sparse_rows_cost(
-    site: Site, pattern: BlockPattern | BlockShape, device: DeviceSpec, *, density: float = 1.0
+    site: Site,
+    pattern: BlockPattern | BlockShape,
+    device: DeviceSpec,
+    layouts: Layouts = CHANNELS_LAST,
+    *,
+    density: float = 1.0,
 ) -> Cost:
-    """A pointwise or linear layer on `cpu_f32_spmm`; arguments as those of `roofline.sparse_cost`."""
+    """A pointwise or linear layer on `cpu_f32_spmm`; other arguments as those of `roofline.sparse_cost`."""
     if isinstance(pattern, BlockPattern):
         height, blocks = pattern.block_shape[0], float(pattern.num_kept)
     else:
         height, blocks = pattern[0], density * weight_elements(site) / pattern[0]
-    row_threads = cpu_spmm.split_rows(site, device)
-    tile = cpu_spmm.pixel_tile(height, site, device, row_threads)
-    panels = sympy.ceiling(positions(site) / tile.pixels)
+    row_threads = cpu_spmm.split_rows(site, device, layouts)
+    tile = cpu_spmm.pixel_tile(height, site, device, row_threads, layouts)
+    images = symbolic(site.input_shape[0]) if layouts != CHANNELS_LAST else sympy.Integer(1)
+    panels = images * sympy.ceiling(positions(site) / images / tile.pixels)
     turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
-    tiles = (site.in_channels + site.out_channels / row_threads) / cpu_spmm.SIDE * tile.pixels / cpu_spmm.SIDE
+    rows = site.in_channels * float(not layouts.reads_first)
+    rows += site.in_channels * _COPY * cpu_spmm.straddles(site, device, layouts)
+    rows += site.out_channels / row_threads * (not layouts.writes_first)
+    transposes = rows * tile.pixels / device.vector_lanes * device.transpose_seconds_per_vector
     panel = blocks / row_threads * _block_seconds(site, height, tile, device)
-    panel += tiles * cpu_spmm.SIDE**2 / device.vector_lanes * device.transpose_seconds_per_vector
     traffic = activation_bytes(site) + blocks * (_BYTES * height + _INDEX_BYTES)
     return Cost(
         2 * positions(site) * blocks * height,
         traffic,
         turns * panel,
         memory_seconds(traffic, device),
-        sympy.Float(device.sparse_call_seconds),
+        device.sparse_call_seconds + turns * transposes,  # transposes wait for what they read
     )
 
 
