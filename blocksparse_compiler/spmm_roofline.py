@@ -22,6 +22,9 @@ MULTIPLY_RATE = 0.8
 _COPY = 0.5
 """Of a transpose: to copy rows of pixels that start anywhere side by side, or to read them as they lie."""
 
+OTHER_CORE_BYTES_PER_SECOND = 10e9
+"""At which a thread takes what lies in the cache of another core; seen in MobileNet-v2 on Zen 5."""
+
 _BYTES, _INDEX_BYTES = 4, 4
 
 
@@ -54,8 +57,17 @@ def sparse_rows_cost(
         traffic,
         turns * panel,
         memory_seconds(traffic, device),
-        device.sparse_call_seconds + turns * transposes,  # transposes wait for what they read
+        # transposes wait for what they read
+        device.sparse_call_seconds + turns * transposes + _exchange_seconds(site, device, row_threads),
     )
+
+
+def _exchange_seconds(site: Site, device: DeviceSpec, row_threads: int) -> sympy.Expr:
+    """Where threads share out channels for the sake of a layout, but pixels in the layers around."""
+    if row_threads == cpu_spmm.split_rows(site, device):
+        return sympy.S.Zero
+    others = _BYTES * positions(site) * (site.in_channels + site.out_channels) * (1 - 1 / row_threads)
+    return others / OTHER_CORE_BYTES_PER_SECOND
 
 
 def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: DeviceSpec) -> float:
