@@ -35,13 +35,18 @@ def sparse_rows_cost(
     layouts: Layouts = CHANNELS_LAST,
     *,
     density: float = 1.0,
+    fused: bool = False,
 ) -> Cost:
-    """A pointwise or linear layer on `cpu_f32_spmm`; other arguments as those of `roofline.sparse_cost`."""
+    """A pointwise or linear layer on `cpu_f32_spmm`; other arguments as those of `roofline.sparse_cost`.
+
+    Args:
+        fused: with the depthwise layer behind, in whose bands of rows it runs: nothing is exchanged.
+    """
     if isinstance(pattern, BlockPattern):
         height, blocks = pattern.block_shape[0], float(pattern.num_kept)
     else:
         height, blocks = pattern[0], density * weight_elements(site) / pattern[0]
-    row_threads = cpu_spmm.split_rows(site, device, layouts)
+    row_threads = cpu_spmm.split_rows(site, device, CHANNELS_LAST if fused else layouts)
     tile = cpu_spmm.pixel_tile(height, site, device, row_threads, layouts)
     images = symbolic(site.input_shape[0]) if layouts != CHANNELS_LAST else sympy.Integer(1)
     panels = images * sympy.ceiling(positions(site) / images / tile.pixels)

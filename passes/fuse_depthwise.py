@@ -20,13 +20,10 @@ from ..cpu_spmm import SPMM
 from ..depthwise import DEPTHWISE
 from ..layouts import CHANNELS_FIRST, Layouts
 from ..plan import Decision, Plan
-from ..pointwise_depthwise import Activation
+from ..pointwise_depthwise import FUSE, Activation, is_fused
 from ..variants import KernelConfig
 from .calls import op_name
 from .static_values import set_constant
-
-FUSE = "fuse"
-"""A parameter of the 1x1 convolution's kernel, whose value is `"depthwise"`."""
 
 
 def choose_fusions(gm: GraphModule, plan: Plan) -> Plan:
@@ -37,10 +34,10 @@ def choose_fusions(gm: GraphModule, plan: Plan) -> Plan:
         first = layers.get(node.name)
         if first is None or first.kernel != SPMM.name or not _is_channels_first(first):
             continue
-        behind = _behind(node)
+        behind = fusible(node)
         second = layers.get(behind.depthwise.name) if behind else None
         if second is not None and second.kernel == DEPTHWISE.name and _is_channels_first(second):
-            changed[node.name] = _said(first, f"in one kernel with {second.site.name}", fuse="depthwise")
+            changed[node.name] = _said(first, f"in one kernel with {second.site.name}")
             changed[second.site.node] = _said(second, f"in one kernel with {first.site.name}")
     return replace(plan, decisions=tuple(changed.get(d.site.node, d) for d in plan))
 
@@ -62,7 +59,8 @@ class _Behind(NamedTuple):
     depthwise: Node
 
 
-def _behind(node: Node) -> _Behind | None:
+def fusible(node: Node) -> _Behind | None:
+    """What a 1x1 convolution could share a kernel with, were its reader a depthwise convolution."""
     user = _only_user(node)
     activation = _activation(user) if user is not None else None
     if activation is None:
@@ -106,8 +104,8 @@ def _is_channels_first(decision: Decision) -> bool:
     return Layouts.of(decision.config) == CHANNELS_FIRST
 
 
-def _said(decision: Decision, what: str, **parameters: str) -> Decision:
-    config = {**decision.config, **parameters}
+def _said(decision: Decision, what: str) -> Decision:
+    config = {**decision.config, FUSE: "depthwise"}
     return replace(decision, reason=f"{decision.reason}; {what}", config=config)
 
 
@@ -115,7 +113,7 @@ def _pairs(gm: GraphModule) -> Iterator[tuple[Node, _Behind]]:
     ops = torch.ops.blocksparse
     for node in gm.graph.find_nodes(op="call_function", target=ops.conv.default):
         config = KernelConfig.decode(node.args[-1])
-        behind = _behind(node) if config.parameters.get(FUSE) == "depthwise" else None
+        behind = fusible(node) if is_fused(config.parameters) else None
         if behind is not None and behind.depthwise.target == ops.depthwise.default:
             yield node, behind
 

@@ -16,11 +16,12 @@ from ..devices import device as present_device
 from ..layouts import CHANNELS_LAST, Layouts
 from ..pattern import BlockShape
 from ..plan import Plan
+from ..pointwise_depthwise import is_fused
 from .choose_kernels import choose_kernels
 from .choose_layouts import choose_layouts
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
-from .fuse_depthwise import FUSE, choose_fusions, fuse_depthwise
+from .fuse_depthwise import choose_fusions, fuse_depthwise
 from .lower_quantized import lower_quantized
 from .lower_sites import lower_sites
 from .permute_channels import permute_channels
@@ -70,7 +71,7 @@ def _choose_layouts(gm: GraphModule, context: PassContext) -> int:
 def _choose_fusions(gm: GraphModule, context: PassContext) -> int:
     if context.given_plan is None:
         context.plan = choose_fusions(gm, context.plan)
-    return sum(FUSE in decision.config for decision in context.plan)
+    return sum(is_fused(decision.config) for decision in context.plan) // 2
 
 
 PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
