@@ -73,7 +73,9 @@ def cases(kernels: Sequence[str], batches: Sequence[int], device: DeviceSpec) ->
 def _cases(kernel: str, batches: Sequence[int]) -> Iterator[Case]:
     if kernel in (SPMM.name, DEPTHWISE.name):
         find = scattered_layers if kernel == SPMM.name else depthwise_layers
-        yield from find({label: site for model in MOBILE for label, site in find_sites(model, kernel).items()})
+        yield from find(
+            {label: site for model in MOBILE for label, site in find_sites(model, kernel).items()}
+        )
         return
     for shape in (*CONVOLUTIONS, *LINEARS):
         for batch in batches:

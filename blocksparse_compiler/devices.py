@@ -50,6 +50,8 @@ class DeviceSpec(Figures):
         transpose_seconds_per_vector: to bring a vector of activations from channels-last to channel-major
             order, or back, caches and epilogue included; on one thread. By default fitted to MobileNet-v1.
         l2_read_over_copy: rate of reading runs of whole lines from L2, over that of a copy. Fitted likewise.
+        dense_int8_epilogue_seconds_per_vector: torch's operators on 8-bit integers: scaling, rounding and
+            storing a vector of outputs, on one thread, which layers of few input channels do not hide.
         efficiency: fraction of peak that kernels reach away from memory limits, by
             `"dense/<geometry>"`, `"dense_bf16/…"` and `"dense_amx/…"` (of those peaks), and
             `"<bh>x<bw>/<geometry>"` (optionally `"<variant>/<bh>x<bw>/…"`); see `cost.geometry` for the
@@ -79,6 +81,7 @@ class DeviceSpec(Figures):
     amx_tile_seconds: float = 95e-9
     transpose_seconds_per_vector: float = 15e-9 / 16
     l2_read_over_copy: float = 1.4
+    dense_int8_epilogue_seconds_per_vector: float = 2e-9
     efficiency: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 

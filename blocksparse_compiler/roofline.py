@@ -192,7 +192,7 @@ def dense_cost(site: Site, device: DeviceSpec) -> Cost:
     return Cost(
         flops,
         traffic,
-        flops / _dense_rate(site, device),
+        flops / _dense_rate(site, device) + _dense_epilogue_seconds(site, device),
         memory_seconds(traffic, device),
         sympy.Float(device.dense_linear_call_seconds if linear else device.dense_conv_call_seconds),
     )
@@ -203,13 +203,22 @@ def dense_instructions(dtype: str, class_: str, device: DeviceSpec) -> tuple[str
     if dtype in ("uint8", "int8"):
         on_amx = device.has_amx and class_ != "depthwise"  # which is twice as fast on bytes as on bf16
         twice = 2 * device.peak_amx_flops_per_second_per_thread
-        return ("dense_amx", twice) if on_amx else ("dense", device.peak_int8_ops_per_second_per_thread)
+        peak = device.peak_int8_ops_per_second_per_thread
+        return ("dense_amx_int8", twice) if on_amx else ("dense_int8", peak)
     if dtype != "bfloat16":
         prefix = "dense_f16" if dtype == "float16" else "dense"
         return prefix, device.peak_fp32_flops_per_second_per_thread
     if device.has_amx and class_ != "depthwise":
         return "dense_amx", device.peak_amx_flops_per_second_per_thread
     return "dense_bf16", device.peak_bf16_flops_per_second_per_thread
+
+
+def _dense_epilogue_seconds(site: Site, device: DeviceSpec) -> sympy.Expr:
+    """What torch's operators on integers take beyond their products."""
+    if not site.is_quantized:
+        return sympy.S.Zero
+    vectors = positions(site) * site.out_channels / device.vector_lanes
+    return vectors * device.dense_int8_epilogue_seconds_per_vector / device.threads
 
 
 def _dense_rate(site: Site, device: DeviceSpec) -> sympy.Expr:
@@ -219,7 +228,8 @@ def _dense_rate(site: Site, device: DeviceSpec) -> sympy.Expr:
     peak *= device.threads
 
     def fraction(name: str, default: float) -> float:
-        others = device.efficiency.get(f"dense/{name}", default) if prefix != "dense_amx" else default
+        usual = "dense_amx" if "amx" in prefix else "dense"
+        others = device.efficiency.get(f"{usual}/{name}", default)
         return device.efficiency.get(f"{prefix}/{name}", others)
 
     usual = sympy.Float(peak * fraction(class_, 0.5))

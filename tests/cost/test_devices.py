@@ -34,7 +34,8 @@ RANGES = {
     "epilogue_seconds_per_vector": (1e-11, 1e-7),
     "amx_tile_seconds": (1e-9, 1e-6),
     "transpose_seconds_per_vector": (1e-11, 1e-7),
-    "l2_read_over_copy": (0.5, 5),
+    "l2_read_over_copy": (0.1, 10),
+    "dense_int8_epilogue_seconds_per_vector": (1e-11, 1e-7),
 }
 ALL = [*SPECS.values(), DeviceSpec.host()]
 
