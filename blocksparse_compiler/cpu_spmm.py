@@ -7,6 +7,7 @@ memory and channel-major in the cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,18 @@ HEIGHTS = (1, 2, 4)
 """Output channels that share the loads of a column."""
 
 BLOCK_SHAPES: tuple[BlockShape, ...] = tuple((height, 1) for height in HEIGHTS)
+
+
+CHANNELS_FIRST = "channels_first"
+"""Value of the parameters `reads` and `writes`, for contiguous `[N, C, H, W]`; channels last without them."""
+
+
+def reads_first(parameters: Mapping[str, int | str]) -> bool:
+    return parameters.get("reads") == CHANNELS_FIRST
+
+
+def writes_first(parameters: Mapping[str, int | str]) -> bool:
+    return parameters.get("writes") == CHANNELS_FIRST
 
 
 @dataclass(frozen=True)

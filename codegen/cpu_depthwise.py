@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from .cpu_lowerings import channels_last_conv, vectors_of_isa, without_offset
+from .conv_inputs import channels_last_conv, vectors_of_isa
 from .cpu_template import BlockSparseTemplate
 from .epilogue import unroll
 from .inductor_api import ir, lowerings, parallel_num_threads
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, Size, all_static, even_segment
-from .views import kernel_inputs
+from .views import kernel_inputs, without_offset
 
 MOST_PIXELS = 8
 """Of a register tile: as many sums as hide the latency of a multiply-add on two units."""

@@ -12,24 +12,23 @@ import sympy
 import torch
 
 from ..amx_variant import AMX, unsupported_blocks
-from ..cpu_spmm import SPMM, PixelTile, pixel_tiles
+from ..cpu_spmm import SPMM
 from ..cpu_variants import RegisterTile, dtype_tile
 from ..variants import VARIANTS, KernelConfig
+from .conv_inputs import channels_last_conv, row_of_pixels, vectors_of_isa
 from .cpu_amx_template import AmxTemplate, runs_amx, tiles_of
 from .cpu_int8_template import IntegerTemplate
-from .cpu_spmm_template import SparseRowsTemplate
+from .cpu_spmm_lowering import lower_scattered_conv2d, multiply_rows
+from .cpu_spmm_template import PixelGrid
 from .cpu_template import BlockSparseTemplate
-from .inductor_api import ir, lowerings, parallel_num_threads, pick_vec_isa
+from .inductor_api import ir, lowerings, parallel_num_threads
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, all_static, as_int, flat_tiling, is_static, row_tiling
-from .views import conv1d_as_conv2d, kernel_inputs, reshape
+from .views import conv1d_as_conv2d, kernel_inputs, reshape, without_offset
 
 LONGEST_SUM = 192
 """Products summed up in one go. Dense kernels sum in blocks, which rounds less than one long sum; at this
 length our error stays below 1.5 times theirs, and the speed does not suffer."""
-
-LONGEST_ROW = 64
-"""The same for rows of scattered weights: parts cost little there, and sums are not in blocks otherwise."""
 
 SHORT_SUM = 48
 """A sum of so few products, on average, starts from the bias: adding it at the end would cost over 2 %."""
@@ -38,7 +37,7 @@ SHORT_SUM = 48
 def lower_linear(
     x: Any, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
 ) -> Any:
-    return _lower_linear(_Weight(values, row_ptr, tile_index, bias, out_channels, kernel), x)
+    return _lower_linear(Weight(values, row_ptr, tile_index, bias, out_channels, kernel), x)
 
 
 def lower_quantized_linear(
@@ -57,13 +56,13 @@ def lower_quantized_linear(
     return _lower_linear(_QuantizedWeight(*tables, scale, weight_sums, zero_point), x)
 
 
-def _lower_linear(weight: _Weight, x: Any) -> Any:
+def _lower_linear(weight: Weight, x: Any) -> Any:
     weight.check(x, -1)
     *rows, channels = x.get_size()
     pixels = as_int(sympy.prod(rows))
     x = reshape(x, [pixels, channels])
     x = ir.ExternKernel.require_contiguous(x)
-    out = weight.multiply(x, 1, _row_of_pixels(pixels, int(channels)), [pixels, weight.out_channels])
+    out = weight.multiply(x, 1, row_of_pixels(pixels, int(channels)), [pixels, weight.out_channels])
     return reshape(out, [*rows, weight.out_channels])
 
 
@@ -81,7 +80,7 @@ def lower_conv(
     channels_last: bool,
     kernel: str,
 ) -> Any:
-    weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
+    weight = Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
     return _lower_conv(weight, x, kernel_size, stride, padding, dilation)
 
 
@@ -108,7 +107,7 @@ def lower_quantized_conv(
 
 
 def _lower_conv(
-    weight: _Weight,
+    weight: Weight,
     x: Any,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -125,64 +124,26 @@ def _lower_conv(
 
 
 def _lower_conv2d(
-    weight: _Weight,
+    weight: Weight,
     x: Any,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Any:
+    if weight.config.variant == SPMM.name:
+        return lower_scattered_conv2d(weight, x, kernel_size, stride, padding, dilation)
     x, conv = channels_last_conv(x, kernel_size, stride, padding, dilation)
     n, (h, w), pixel_stride = as_int(x.get_size()[0]), conv.input_size, conv.input_strides[2]
     shape = [n, *conv.output_size, weight.out_channels]
     if conv.is_flat(n):
-        out = weight.multiply(x, 1, _row_of_pixels(n * h * w, pixel_stride), shape)
+        out = weight.multiply(x, 1, row_of_pixels(n * h * w, pixel_stride), shape)
     else:
         out = weight.multiply(x, n, conv, shape)
     return lowerings[torch.ops.aten.permute.default](out, [0, 3, 1, 2])
 
 
-def channels_last_conv(
-    x: Any, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[Any, ConvGeometry]:
-    """The input in channels-last memory, and the geometry of a convolution on it."""
-    # Realized before its strides are asked for: a residual sum would else be copied for this layer, and
-    # computed again, from all that went into it, for the next one.
-    x.realize()
-    x = ir.ExternKernel.require_channels_last(x)
-    size = [as_int(s) for s in x.get_size()[2:]]
-    image_stride, channel_stride, row_stride, pixel_stride = map(as_int, x.get_stride())
-    if channel_stride != 1 or not is_static(pixel_stride):
-        raise Unsupported(f"strides {x.get_stride()} of the input")
-    out_size = [
-        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
-        + 1
-        for i in range(2)
-    ]
-    conv = ConvGeometry(
-        input_size=tuple(size),
-        output_size=tuple(out_size),
-        input_strides=(image_stride, row_stride, pixel_stride),
-        kernel_size=(kernel_size[0], kernel_size[1]),
-        stride=(stride[0], stride[1]),
-        pad_begin=(padding[0], padding[2]),
-        dilation=(dilation[0], dilation[1]),
-    )
-    return x, conv
-
-
-def _row_of_pixels(pixels: Any, step: int) -> ConvGeometry:
-    """A 1x1 convolution whose input pixels lie evenly spaced, whatever their images and rows."""
-    return ConvGeometry((1, pixels), (1, pixels), (0, 0, step))
-
-
-def without_offset(bias: Any) -> Any:
-    """Contiguous, and a storage of its own if it is a view: kernels get the storage."""
-    bias = ir.ExternKernel.require_contiguous(bias)
-    return ir.ExternKernel.copy_input(bias) if bias.get_layout().offset != 0 else bias
-
-
-class _Weight:
+class Weight:
     """A packed weight with its bias, and the kernel to run it."""
 
     def __init__(
@@ -241,10 +202,10 @@ class _Weight:
 
     def multiply(self, x: Any, images: Any, conv: ConvGeometry, shape: list[Any]) -> Any:
         """The output node of the kernel, contiguous `shape`."""
+        if self.config.variant == SPMM.name:
+            return multiply_rows(self, x, PixelGrid(1, *conv.output_size[1:], *conv.input_strides[2:]), shape)
         nodes = kernel_inputs([x, *self.operands])
         layout = ir.FixedLayout(x.get_device(), self.output_dtype(x), shape)
-        if self.config.variant == SPMM.name:
-            return self._sparse_rows(nodes, layout, images, conv)
         if self.config.variant == AMX.name and (out := self._amx(nodes, layout, images, conv)):
             return out
         tile = self.tile()
@@ -299,34 +260,8 @@ class _Weight:
         )
         return template.generate().output_node()
 
-    def _sparse_rows(self, nodes: list[Any], layout: Any, images: Any, conv: ConvGeometry) -> Any:
-        if not conv.is_flat(images):
-            raise Unsupported("pixels that do not lie evenly spaced")
-        template = SparseRowsTemplate(
-            nodes,
-            layout,
-            parallel_num_threads(),
-            tile=self._pixel_tile(),
-            height=self.block_shape[0],
-            in_channels=self.in_channels,
-            step=conv.input_strides[2],
-            parameters=dict(self.config.parameters),
-            flush=LONGEST_ROW,
-        )
-        return template.generate().output_node()
 
-    def _pixel_tile(self) -> PixelTile:
-        lanes, registers = vectors_of_isa()
-        wanted = self.config.parameters.get("pixels")
-        tiles = pixel_tiles(self.block_shape[0], lanes, registers)
-        return max(
-            (t for t in tiles if wanted is None or t.pixels <= int(wanted)),
-            key=lambda t: t.pixels,
-            default=tiles[0],
-        )
-
-
-class _QuantizedWeight(_Weight):
+class _QuantizedWeight(Weight):
     """A packed int8 weight, and what makes outputs of its sums."""
 
     template = IntegerTemplate
@@ -369,10 +304,3 @@ class _QuantizedWeight(_Weight):
 
     def arithmetic(self, tile: RegisterTile) -> dict[str, Any]:
         return {"zero_point": self.zero_point, "signed": self.dtype == "int8"}
-
-
-def vectors_of_isa() -> tuple[int, int]:
-    """Floats of a vector, and number of registers, of the instructions that Inductor compiles for."""
-    isa = pick_vec_isa()
-    lanes = isa.nelements() if isa else 4
-    return lanes, 32 if lanes == 16 else 16

@@ -1,24 +1,69 @@
 """Layers of scattered weights: vectors of pixels, one multiply-add per vector and weight.
 
-The output still is a matrix `[pixels, out_channels]`, and Inductor's epilogue runs on 16x16 tiles of it.
+The output is a matrix in memory, of pixels by channels or, channels-first, of channels by pixels. Inductor's
+epilogue runs on tiles of it: 16x16, or one block row by the pixels of a register tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
+
+import sympy
 
 from ..cpu_spmm import SIDE, PixelTile
 from .cpu_template import BlockSparseTemplate
-from .epilogue import unroll
-from .tiling import Size
+from .epilogue import clamp_natively, unroll
+from .tiling import Size, is_static
+
+
+@dataclass(frozen=True)
+class PixelGrid:
+    """Where the pixels of a pointwise layer lie.
+
+    Args:
+        images, pixels: images, and pixels of each. Channels-last images may count as one.
+        step: floats between two pixels of channels-last input.
+        reads_first, writes_first: whether input and output are channels-first.
+    """
+
+    images: Size
+    pixels: Size
+    step: Size = 1
+    reads_first: bool = False
+    writes_first: bool = False
+
+
+@dataclass(frozen=True)
+class TileKind:
+    """Tiles of one size, as C++.
+
+    Args:
+        condition: picks them.
+        vectors, pixels: of a tile.
+        count: pixels that are there.
+        stride, readable: floats between two channels of what a tile multiplies, and floats of each to read.
+    """
+
+    name: str
+    condition: str
+    vectors: int
+    pixels: int
+    count: int | str
+    stride: int
+    readable: int
 
 
 class SparseRowsTemplate(BlockSparseTemplate):
     """One pointwise or linear layer in blocks of one input channel.
 
     Args:
-        step: floats between two pixels of the input.
+        layout: output, contiguous: pixels by channels, or `[n, out_channels, oh, ow]`.
+        grid: where the pixels lie.
+        tile: pixels of a register tile.
+        height: of a block.
+        panel: whether the pixels of a tile are copied side by side, if they already are channels-first.
         Others as `BlockSparseTemplate`.
     """
 
@@ -31,45 +76,95 @@ class SparseRowsTemplate(BlockSparseTemplate):
         layout: Any,
         num_threads: int,
         *,
+        grid: PixelGrid,
         tile: PixelTile,
         height: int,
         in_channels: int,
-        step: Size,
         parameters: dict[str, int | str],
         flush: int,
     ) -> None:
         super(BlockSparseTemplate, self).__init__("block_sparse", input_nodes, layout, num_threads)
-        self.tile, self.in_channels, self.step = tile, in_channels, step  # type: ignore[assignment]
+        self.grid, self.pixel_tile, self.in_channels = grid, tile, in_channels
         self.block_shape, self.parameters = (height, 1), parameters
         self.flush, self.bias_first = flush, False
-        self.groups = -(-int(layout.size[-1]) // SIDE)
+        self.panel = bool(parameters.get("panel", 0))
+
+    def _matrix_size(self, out: Any) -> tuple[Any, Any]:
+        if not self.grid.writes_first:
+            return super()._matrix_size(out)
+        n, channels, *pixels = out.get_size()
+        return n * channels, sympy.prod(pixels)
 
     def _tile_options(self) -> dict[str, Any]:
         return {
             "bh": self.block_shape[0],
-            "lanes": self.tile.lanes,
-            "vectors": self.tile.vectors,
-            "groups": self.groups,
+            "lanes": self.pixel_tile.lanes,
+            "tiles": self._tile_kinds(),
+            "panel": self.panel,
             "row_threads": max(1, int(self.parameters.get("row_threads", 1))),
         }
 
     def _conv_options(self) -> dict[str, Any]:
-        return {"in_channels": self.in_channels, "step": self.step}
+        return {
+            "in_channels": self.in_channels,
+            "channels": int(self.layout.size[1 if self.grid.writes_first else -1]),
+            "images": self.grid.images,
+            "image_pixels": self.grid.pixels,
+            "step": self.grid.step,
+            "reads_first": self.grid.reads_first,
+            "writes_first": self.grid.writes_first,
+        }
 
-    def _store(
+    def _tile_kinds(self) -> list[TileKind]:
+        """Full tiles, and the last one of an image where its size is known and another."""
+        pixels = self.grid.pixels
+        if not is_static(pixels):
+            tile = self.pixel_tile
+            return [self._tile_kind("RegisterTile", "", tile.vectors, "std::min(PIXELS, pixels - first)")]
+        vectors, last = even_vectors(int(pixels), self.pixel_tile, self._vectors_at_once())
+        size = vectors * self.pixel_tile.lanes
+        rest = (int(pixels) - 1) % size + 1
+        if rest == size or int(pixels) < size:
+            return [self._tile_kind("RegisterTile", "", vectors, rest)]
+        full = self._tile_kind("RegisterTile", "if (pixels - first >= PIXELS)", vectors, size)
+        return [full, self._tile_kind("LastTile", "else", last, rest)]
+
+    def _vectors_at_once(self) -> int:
+        """Tiles that are transposed, on one side or the other, hold multiples of this."""
+        transposed = not (self.grid.reads_first and self.grid.writes_first)
+        return max(1, SIDE // self.pixel_tile.lanes) if transposed else 1
+
+    def _tile_kind(self, name: str, condition: str, vectors: int, count: int | str) -> TileKind:
+        pixels = vectors * self.pixel_tile.lanes
+        if self.grid.reads_first and not self.panel:
+            return TileKind(name, condition, vectors, pixels, count, self.grid.pixels, int(count))
+        return TileKind(name, condition, vectors, pixels, count, pixels, pixels)
+
+    def _store(  # type: ignore[override]
         self,
         kernel: Any,
         matrix: Any,
         raw: Any,
         nodes: list[Any],
         reindexers: list[Callable[..., Any]],
-        end: str,
+        rows: int | str,
+        columns: int | str,
     ) -> str:
-        """C++ that runs the epilogue on `acc`: pixels `m_start` to `m_start + end`."""
-        c_end = "c_end" if int(nodes[0].get_size()[-1]) % SIDE else f"c_start + {SIDE}"
+        """C++ that runs the epilogue on `acc`: so much of the output, from `m_start` and `c_start` on."""
         source = kernel.local_buffers["acc"]
-        if end != str(SIDE) or c_end == "c_end":
-            source = kernel.slice_nd(source, [("0", end), ("0", f"{c_end} - c_start")])
-        target = kernel.slice_nd(matrix, [("m_start", f"m_start + {end}"), ("c_start", c_end)])
-        offsets = ("m_start", "c_start")
-        return unroll(kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers))
+        if [rows, columns] != list(source.get_size()):
+            source = kernel.slice_nd(source, [("0", str(rows)), ("0", str(columns))])
+        part = [("m_start", f"m_start + {rows}"), ("c_start", f"c_start + {columns}")]
+        target, offsets = kernel.slice_nd(matrix, part), ("m_start", "c_start")
+        code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
+        return unroll(clamp_natively(code))
+
+
+def even_vectors(pixels: int, tile: PixelTile, at_once: int) -> tuple[int, int]:
+    """Vectors of a tile, at most those of `tile`, and of the last one, such that they differ little."""
+    vectors = -(-pixels // tile.lanes)
+    tiles = -(-vectors // tile.vectors)
+    even = -(-vectors // (tiles * at_once)) * at_once
+    tiles = -(-vectors // even)
+    last = vectors - (tiles - 1) * even
+    return even, -(-last // at_once) * at_once

@@ -75,8 +75,7 @@ class BlockSparseTemplate(CppTemplate):
         **_: Any,
     ) -> str:
         out: Any = self.output_node if template_buffer_node is None else template_buffer_node
-        *rows, channels = out.get_size()
-        pixels = sympy.prod(rows)
+        rows, columns = self._matrix_size(out)
         fused = FusedEpilogue.of(out, epilogue_nodes, flag_template_buffer_has_other_users)
         x = self.input_nodes[0]
         inputs = dict(zip(("X", *self.operands, "Bias"), self.input_nodes, strict=False))
@@ -101,9 +100,9 @@ class BlockSparseTemplate(CppTemplate):
             "num_threads": self.num_threads,
             # The kernel gets the storage of a view: add the view's offset.
             "input": f"X + {cexpr(x.get_layout().offset)}",
-            "pixels": pixels,
-            "channels": int(channels),
-            "block_rows": -(-int(channels) // self.block_shape[0]),
+            "pixels": rows,
+            "channels": int(columns),
+            "block_rows": -(-int(columns) // self.block_shape[0]),
             "tables": {
                 name: DTYPE_TO_CPP[node.get_dtype()] for name, node in inputs.items() if name in self.tables
             },
@@ -113,10 +112,10 @@ class BlockSparseTemplate(CppTemplate):
             "store": functools.partial(
                 self._store,
                 kernel,
-                as_matrix(fused.result, pixels, channels),
+                as_matrix(fused.result, rows, columns),
                 fused.raw,
                 fused.nodes,
-                [reindexer(node, pixels, channels) for node in fused.nodes],
+                [reindexer(node, rows, columns) for node in fused.nodes],
             ),
             **self._tile_options(),
             **self._conv_options(),
@@ -125,6 +124,11 @@ class BlockSparseTemplate(CppTemplate):
             return self._template_from_string((_HERE / "templates" / self.source).read_text()).render(
                 **options
             )
+
+    def _matrix_size(self, out: Any) -> tuple[Any, Any]:
+        """Rows and columns of the matrix as which the output `out` lies in memory."""
+        *rows, columns = out.get_size()
+        return sympy.prod(rows), columns
 
     def _tile_options(self) -> dict[str, Any]:
         (bh, bw), tile, tiling = self.block_shape, self.tile, self.tiling

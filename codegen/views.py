@@ -22,6 +22,12 @@ def kernel_inputs(operands: Iterable[Any]) -> list[Any]:
     return nodes
 
 
+def without_offset(bias: Any) -> Any:
+    """Contiguous, and a storage of its own if it is a view: kernels get the storage."""
+    bias = ir.ExternKernel.require_contiguous(bias)
+    return ir.ExternKernel.copy_input(bias) if bias.get_layout().offset != 0 else bias
+
+
 def conv1d_as_conv2d(
     conv2d: Callable[..., Any],
     x: Any,

@@ -18,6 +18,11 @@ struct Lanes {
   typedef float Value __attribute__((vector_size(4 * LANES)));
   typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
   BLOCK_SPARSE_INLINE Value load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+  BLOCK_SPARSE_INLINE Value load(const float* p, int64_t count) {  // zeros beyond `count`, which are not read
+    Value value{};
+    std::memcpy(&value, p, count * sizeof(float));
+    return value;
+  }
   BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { *reinterpret_cast<Unaligned*>(p) = a; }
   BLOCK_SPARSE_INLINE Value broadcast(const float* p) {
     typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
@@ -33,6 +38,14 @@ template <>
 struct Lanes<at::vec::Vectorized<float>::size()> {
   using Value = at::vec::Vectorized<float>;
   BLOCK_SPARSE_INLINE Value load(const float* p) { return Value::loadu(p); }
+  BLOCK_SPARSE_INLINE Value load(const float* p, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX2)  // torch's own goes through memory
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane));
+#else
+    return Value::loadu(p, count);
+#endif
+  }
   BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { a.store(p); }
   BLOCK_SPARSE_INLINE Value broadcast(const float* p) { return Value(*p); }
   BLOCK_SPARSE_INLINE Value multiply_add(const Value& a, const Value& b, const Value& c) {
@@ -577,9 +590,16 @@ BLOCK_SPARSE_INLINE int64_t balanced_boundary(
     const int32_t* row_ptr, int64_t rows, int64_t taps, int64_t part, int64_t parts) {
   const auto cost = [&](int64_t r) { return 2 * static_cast<int64_t>(row_ptr[r * taps]) + r; };
   const int64_t target = cost(rows) * part;
-  int64_t r = 0;
-  while (r < rows && (cost(r) + cost(r + 1)) * parts <= 2 * target) ++r;
-  return part == parts ? rows : r;
+  int64_t low = 0, high = part == parts ? 0 : rows;
+  while (low < high) {
+    const int64_t r = (low + high) / 2;
+    if ((cost(r) + cost(r + 1)) * parts <= 2 * target) {
+      low = r + 1;
+    } else {
+      high = r;
+    }
+  }
+  return part == parts ? rows : low;
 }
 
 BLOCK_SPARSE_INLINE Range balanced_rows(

@@ -1,9 +1,10 @@
 // Sparse weights by dense pixels, fp32: blocks of one input channel and 1, 2 or 4 output channels.
 //
-//   out[p][o] = bias[o] + sum over nonzeros (o, c) of x[p][c] * w[o][c]
+//   out[o][p] = bias[o] + sum over nonzeros (o, c) of w[o][c] * x[c][p]
 //
-// A vector holds neighbouring pixels, and a nonzero costs one multiply-add per vector. So pixels must lie side by
-// side: a panel [channel][pixel] of the input is transposed into a cache first, and sums are transposed back.
+// A vector holds neighbouring pixels, and a nonzero costs one multiply-add per vector. So the pixels of a channel
+// must lie side by side. Channels-first memory has them so. Of channels-last input, a panel [channel][pixel] is
+// transposed into a cache first, and sums are transposed back for channels-last output.
 #ifndef SPARSE_ROWS_F32
 #define SPARSE_ROWS_F32
 
@@ -81,8 +82,32 @@ inline void fill_panel(float* panel, const float* x, int64_t step, int64_t count
   }
 }
 
+// Vector v of one channel's pixels, of which COUNT may be read: more count as zeros.
+template <int LANES, int64_t COUNT>
+BLOCK_SPARSE_INLINE typename Lanes<LANES>::Value load_pixels(const float* x, int v) {
+  const int64_t count = COUNT - v * LANES;
+  if (count >= LANES) return Lanes<LANES>::load(x + v * LANES);
+  return count > 0 ? Lanes<LANES>::load(x + v * LANES, count) : typename Lanes<LANES>::Value{};
+}
+
+// panel[channel][PIXELS] of COUNT pixels side by side, channels `stride` floats apart; zeros beyond them.
+template <int LANES, int64_t PIXELS, int64_t COUNT>
+inline void copy_panel(float* panel, const float* x, int64_t stride, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c, x += stride, panel += PIXELS) {
+#pragma GCC unroll 32
+    for (int v = 0; v < PIXELS / LANES; ++v) Lanes<LANES>::store(load_pixels<LANES, COUNT>(x, v), panel + v * LANES);
+  }
+}
+
+struct RowWeights {
+  const float* values;  // [nonzero column][HEIGHT]
+  const int32_t* channel;
+};
+
 // HEIGHT output channels by VECTORS vectors of pixels in registers.
-template <int LANES, int HEIGHT, int VECTORS, int FLUSH>
+//
+// The pixels of input channel c start at x + c * STRIDE, and COUNT of them may be read.
+template <int LANES, int HEIGHT, int VECTORS, int64_t STRIDE, int64_t COUNT, int FLUSH>
 struct SparseRows {
   using Vec = Lanes<LANES>;
   using Value = typename Vec::Value;
@@ -98,47 +123,70 @@ struct SparseRows {
     for (int r = 0; r < HEIGHT; ++r) wr[r] = Vec::broadcast(w + r);
 #pragma GCC unroll 32
     for (int v = 0; v < VECTORS; ++v) {
-      const Value xv = Vec::load(x + v * LANES);
+      const Value xv = load_pixels<LANES, COUNT>(x, v);
 #pragma GCC unroll 8
       for (int r = 0; r < HEIGHT; ++r) acc[r][v] = Vec::multiply_add(xv, wr[r], acc[r][v]);
     }
   }
 
+  // sums = products of the nonzero columns [begin, end) of a block row.
+  BLOCK_SPARSE_INLINE void multiply_all(
+      Value (&sums)[HEIGHT][VECTORS], const float* x, const RowWeights& w, int32_t begin, int32_t end) {
+    Accumulators acc;
+#pragma GCC unroll 256
+    for (int i = 0; i < SETS * HEIGHT * VECTORS; ++i) acc[i / (HEIGHT * VECTORS)][i / VECTORS % HEIGHT][i % VECTORS] = Value{};
+    int32_t n = begin;
+#pragma GCC unroll 1
+    for (; n + SETS <= end; n += SETS) {
+#pragma GCC unroll 4
+      for (int s = 0; s < SETS; ++s)
+        multiply(acc[s], x + w.channel[n + s] * STRIDE, w.values + static_cast<int64_t>(n + s) * HEIGHT);
+    }
+#pragma GCC unroll 1
+    for (; n < end; ++n) multiply(acc[0], x + w.channel[n] * STRIDE, w.values + static_cast<int64_t>(n) * HEIGHT);
+#pragma GCC unroll 256
+    for (int i = 0; i < HEIGHT * VECTORS; ++i) {
+      Value sum = acc[0][i / VECTORS][i % VECTORS];
+#pragma GCC unroll 4
+      for (int s = 1; s < SETS; ++s) sum = sum + acc[s][i / VECTORS][i % VECTORS];
+      sums[i / VECTORS][i % VECTORS] = sum;
+    }
+  }
+
+  // out[HEIGHT][PIXELS] of all but the last columns; where those begin. Many short sums round less than a long one.
+  __attribute__((noinline)) static int32_t first_parts(
+      float* out, const float* x, const RowWeights& w, int32_t begin, int32_t end) {
+    for (bool first = true; end - begin > FLUSH; begin += FLUSH, first = false) {
+      Value sums[HEIGHT][VECTORS];
+      multiply_all(sums, x, w, begin, begin + FLUSH);
+#pragma GCC unroll 256
+      for (int i = 0; i < HEIGHT * VECTORS; ++i) {
+        const Value sum = sums[i / VECTORS][i % VECTORS];
+        Vec::store(first ? sum : sum + Vec::load(out + i * LANES), out + i * LANES);
+      }
+    }
+    return begin;
+  }
+
   // out[HEIGHT][PIXELS] of one block row: its nonzero columns [begin, end), and HEIGHT biases or null.
   BLOCK_SPARSE_INLINE void row(
-      float* out, const float* panel, const float* values, const int32_t* channel, int32_t begin, int32_t end,
-      const float* bias) {
-    bool first = true;
-    do {  // in parts: many short sums round less than a long one
-      const int32_t stop = std::min(end, begin + FLUSH);
-      Accumulators acc;
+      float* out, const float* x, const RowWeights& w, int32_t begin, int32_t end, const float* bias) {
+    const bool in_parts = end - begin > FLUSH;
+    if (in_parts) begin = first_parts(out, x, w, begin, end);
+    Value sums[HEIGHT][VECTORS];
+    multiply_all(sums, x, w, begin, end);
+    if (in_parts) {
 #pragma GCC unroll 256
-      for (int i = 0; i < SETS * HEIGHT * VECTORS; ++i) acc[i / (HEIGHT * VECTORS)][i / VECTORS % HEIGHT][i % VECTORS] = Value{};
-      int32_t n = begin;
-#pragma GCC unroll 1
-      for (; n + SETS <= stop; n += SETS) {
-#pragma GCC unroll 4
-        for (int s = 0; s < SETS; ++s)
-          multiply(acc[s], panel + channel[n + s] * PIXELS, values + static_cast<int64_t>(n + s) * HEIGHT);
+      for (int i = 0; i < HEIGHT * VECTORS; ++i) {
+        Value& sum = sums[i / VECTORS][i % VECTORS];
+        sum = sum + Vec::load(out + i * LANES);
       }
-#pragma GCC unroll 1
-      for (; n < stop; ++n) multiply(acc[0], panel + channel[n] * PIXELS, values + static_cast<int64_t>(n) * HEIGHT);
-#pragma GCC unroll 8
-      for (int r = 0; r < HEIGHT; ++r) {
-#pragma GCC unroll 32
-        for (int v = 0; v < VECTORS; ++v) {
-          Value sum = acc[0][r][v];
-#pragma GCC unroll 4
-          for (int s = 1; s < SETS; ++s) sum = sum + acc[s][r][v];
-          float* const y = out + r * PIXELS + v * LANES;
-          if (!first) sum = sum + Vec::load(y);
-          if (stop == end && bias) sum = sum + Vec::broadcast(bias + r);
-          Vec::store(sum, y);
-        }
-      }
-      first = false;
-      begin = stop;
-    } while (begin < end);
+    }
+#pragma GCC unroll 256
+    for (int i = 0; i < HEIGHT * VECTORS; ++i) {
+      const Value sum = sums[i / VECTORS][i % VECTORS];
+      Vec::store(bias ? sum + Vec::broadcast(bias + i / VECTORS) : sum, out + i * LANES);
+    }
   }
 };
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Case, Layer, Layers, assert_close_to_float64, compiling, count_kernels, run
 from layer_cases import FIXED, conv_site, linear_site
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 import blocksparse_compiler as bsc
 from blocksparse_compiler import BlockPattern, cost, trace
 from blocksparse_compiler.backend import compiled_graphs
-from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM, pixel_tile, pixel_tiles
+from blocksparse_compiler.cpu_spmm import CHANNELS_FIRST, HEIGHTS, SPMM, pixel_tile, pixel_tiles
 from blocksparse_compiler.depthwise import DEPTHWISE
 from blocksparse_compiler.packing import unpack_weight
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
@@ -27,10 +30,25 @@ from blocksparse_compiler.passes.choose_kernels import choose_kernels
 HELPERS = Path(__file__).parents[1] / "helpers"
 
 
-def rows(shape, out_channels, height=1, **kwargs) -> Case:
-    kernel_size = (1, 1) if len(shape) == 4 else ()
+LAYOUTS = [(), ("reads",), ("writes",), ("reads", "writes")]
+"""Sides of a layer that are channels-first."""
+
+
+def rows(shape, out_channels, height=1, first=(), parameters=None, **kwargs) -> Case:
+    kernel_size = (1,) * (len(shape) - 2)
     fields = {"density": 0.2, "kernel_size": kernel_size, "block": (height, 1), **kwargs}
-    return Case(shape, out_channels, variant=SPMM.name, **fields)
+    parameters = {**(parameters or {}), **dict.fromkeys(first, CHANNELS_FIRST)}
+    last = "writes" not in first
+    return Case(shape, out_channels, variant=SPMM.name, parameters=parameters, channels_last=last, **fields)
+
+
+def input_of(case: Case) -> Tensor:
+    """In the layout that the kernel reads."""
+    return case.input().contiguous() if "reads" in case.parameters else as_read(case.input())
+
+
+def as_read(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 TRICKY = [
@@ -43,17 +61,49 @@ TRICKY = [
     rows((5, 700), 50, 2, density=0.9),
     rows((1, 11), 7, density=0.9),
     rows((2, 9, 33), 40, 4, parameters={"pixels": 16, "row_threads": 3}),
+    # Channels first: full tiles, a smaller last one, one pixel, one row of pixels, rows that fill no block.
+    rows((3, 29, 8, 16), 50, 4, LAYOUTS[3], parameters={"pixels": 64}),
+    rows((1, 160, 14, 14), 41, 1, LAYOUTS[3], density=0.9),
+    rows((3, 37, 7, 7), 41, 2, LAYOUTS[3], {"row_threads": 2, "panel": 1}),
+    rows((2, 37, 14, 14), 24, 4, LAYOUTS[1], {"panel": 1}),
+    rows((2, 37, 7, 7), 50, 1, LAYOUTS[1]),
+    rows((3, 37, 14, 14), 30, 4, LAYOUTS[2]),
+    rows((3, 20, 1, 1), 9, 1, LAYOUTS[3]),
+    rows((2, 9, 33), 40, 4, LAYOUTS[3]),
+    rows((1, 16, 4, 4), 16, 1, LAYOUTS[3], density=0.0),
 ]
 
 
-def check(cases: list[Case]) -> None:
-    module = Layers(cases)
-    xs = [case.input() for case in cases]
-    outs, source = run(module, xs, dynamic=False)
-    for layer, x, out in zip(module.layers, xs, outs, strict=True):
-        assert_close_to_float64(layer, x, out)
+class Followed(Layers):
+    """Layers with a residual sum and an activation behind those for which a residual is given."""
+
+    def forward(self, xs, residuals):
+        outs = super().forward(xs)
+        return [y if r is None else functional.hardswish(y + r) for y, r in zip(outs, residuals, strict=True)]
+
+
+def check(cases: list[Case], followed: Sequence[bool] = ()) -> str:
+    """Compares all with float64, those `followed` by a residual and an activation too; the generated text."""
+    module = Followed(cases)
+    xs = [input_of(case) for case in cases]
+    residuals = [
+        torch.rand_like(layer.reference(x), dtype=torch.float32) if follow else None
+        for layer, x, follow in zip(module.layers, xs, followed or [False] * len(xs), strict=True)
+    ]
+    residuals = [
+        r if r is None or not case.channels_last else as_read(r)
+        for r, case in zip(residuals, cases, strict=True)
+    ]
+    outs, source = run(module, xs, residuals, dynamic=False)
+    for layer, x, residual, out in zip(module.layers, xs, residuals, outs, strict=True):
+        if residual is None:
+            assert_close_to_float64(layer, x, out)
+        else:
+            want = functional.hardswish(layer.reference(x) + residual)
+            torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-4, msg=str(layer.case))
     assert "SparseRows<" in source
     assert "blocksparse" not in source.replace("blocksparse_compiler", ""), "an operator was not lowered"
+    return source
 
 
 def test_tricky_shapes():
@@ -62,51 +112,85 @@ def test_tricky_shapes():
 
 @st.composite
 def cases(draw):
-    channels, size = st.integers(1, 70), st.integers(1, 12)
+    channels, size = st.integers(1, 70), st.integers(1, 14)
     in_channels, out_channels = draw(channels), draw(channels)
-    image = (draw(size), draw(size)) if draw(st.booleans()) else ()
-    shape = (draw(size), in_channels, *image)
+    image = (draw(size), draw(size)) if draw(st.integers(0, 3)) else ()
+    shape = (draw(st.integers(1, 3)), in_channels, *image)
+    first = draw(st.sampled_from(LAYOUTS)) if image else ()
+    parameters = {"row_threads": draw(st.integers(1, 3)), "panel": draw(st.integers(0, 1))}
+    if draw(st.booleans()):
+        parameters["pixels"] = draw(st.sampled_from([16, 48, 96]))
     return rows(
         shape,
         max(out_channels, 8),
         draw(st.sampled_from(HEIGHTS)),
+        first,
+        parameters,
         bias=draw(st.booleans()),
         density=draw(st.sampled_from([0.05, 0.3, 1.0])),
         seed=draw(st.integers(0, 2**16)),
-        parameters={"row_threads": draw(st.integers(1, 3))},
     )
 
 
 @settings(deadline=None, max_examples=2, phases=[Phase.explicit, Phase.reuse, Phase.generate])
-@given(st.lists(cases(), min_size=10, max_size=10))
+@given(st.lists(st.tuples(cases(), st.booleans()), min_size=10, max_size=10))
 def test_random_shapes(drawn):
-    check(drawn)
+    check([case for case, _ in drawn], [followed for _, followed in drawn])
 
 
-def test_one_compilation_serves_every_batch():
-    layer = Layer(rows((4, 32, 7, 9), 32))
+@pytest.mark.parametrize("first", [LAYOUTS[0], LAYOUTS[3]])
+def test_one_compilation_serves_every_batch(first):
+    layer = Layer(rows((4, 32, 7, 9), 32, first=first))
     with compiling():
-        fast = torch.compile(layer, fullgraph=True, dynamic=True)
+        fast = torch.compile(layer, fullgraph=True)
         for batch in (2, 3, 8):
-            x = torch.randn(batch, 32, 7, 9).to(memory_format=torch.channels_last)
+            x = torch.randn(batch, 32, 7, 9)
+            x = x if first else x.to(memory_format=torch.channels_last)
+            torch._dynamo.mark_dynamic(x, 0)
             with torch._dynamo.config.patch(error_on_recompile=batch != 2):
                 assert_close_to_float64(layer, x, fast(x))
 
 
-def test_epilogue_is_fused():
-    layer = Layer(rows((2, 40, 7, 9), 36, 2))
+def test_channels_first_images_of_unknown_size_fall_back(caplog):
+    layer = Layer(rows((2, 32, 7, 9), 32, first=LAYOUTS[3]))
+    x = layer.case.input()
+    torch._dynamo.mark_dynamic(x, 2)
+    with compiling(), caplog.at_level(logging.WARNING):
+        assert_close_to_float64(layer, x, torch.compile(layer, fullgraph=True)(x))
+    assert "channels-first images of" in caplog.text
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_epilogue_is_fused(first):
+    layer = Layer(rows((2, 40, 7, 9), 36, 2, first))
 
     def block(x, extra):
         y = layer(x)
-        return torch.relu(y * 2 + extra), y
+        return functional.relu6(y * 2 + extra), y
 
-    x = layer.case.input()
-    extra = torch.randn(2, 36, 7, 9).to(memory_format=torch.channels_last)
+    x, extra = input_of(layer.case), torch.randn(2, 36, 7, 9)
+    extra = as_read(extra) if layer.case.channels_last else extra
     (out, raw), source = run(block, x, extra, dynamic=False)
     want = layer.reference(x)
     torch.testing.assert_close(raw, want.float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(out, torch.relu(want * 2 + extra).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out, functional.relu6(want * 2 + extra).float(), rtol=1e-4, atol=1e-4)
     assert count_kernels(source) == {"block_sparse": 1, "all": 1}
+
+
+def test_a_channels_first_chain_copies_nothing():
+    """Two layers and a residual, all channels-first: one kernel each."""
+    layers = Layers([rows((1, 40, 7, 9), 40, h, LAYOUTS[3]) for h in (1, 4)])
+
+    def block(x):
+        y = functional.hardswish(layers.layers[0](x))
+        return functional.relu6(layers.layers[1](y) + x)
+
+    x = torch.randn(1, 40, 7, 9)
+    out, source = run(block, x, dynamic=False)
+    y = functional.hardswish(layers.layers[0].reference(x))
+    want = functional.relu6(layers.layers[1].reference(y) + x)
+    torch.testing.assert_close(out, want.float(), rtol=1e-4, atol=1e-4)
+    assert count_kernels(source) == {"block_sparse": 2, "all": 2}
 
 
 OTHER_ISA = """

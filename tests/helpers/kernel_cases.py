@@ -39,6 +39,8 @@ class Case:
     epilogue: Callable[..., Any] = identity
     parameters: dict[str, int | str] = field(default_factory=dict)
     variant: str = "cpu_f32"
+    channels_last: bool = True
+    """What eager torch would return for images; how the input lies in memory as well."""
 
     @property
     def in_channels(self) -> int:
@@ -50,7 +52,8 @@ class Case:
 
     def input(self) -> Tensor:
         x = torch.randn(self.input_shape, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
-        return x.to(memory_format=torch.channels_last) if x.dim() == 4 and self.kernel_size else x
+        last = self.channels_last and x.dim() == 4 and self.kernel_size
+        return x.to(memory_format=torch.channels_last) if last else x
 
 
 class Layer(nn.Module):
@@ -80,7 +83,9 @@ class Layer(nn.Module):
         if not case.kernel_size:
             return case.epilogue(torch.ops.blocksparse.linear(x, *weight, self.kernel))
         geometry = (list(case.kernel_size), self.stride, self.padding, self.dilation)
-        return case.epilogue(torch.ops.blocksparse.conv(x, *weight, *geometry, True, self.kernel))
+        return case.epilogue(
+            torch.ops.blocksparse.conv(x, *weight, *geometry, case.channels_last, self.kernel)
+        )
 
     def reference(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """The layer without its epilogue."""
@@ -146,7 +151,7 @@ def count_kernels(source: str) -> dict[str, int]:
     """Number of block-sparse kernels, and of all kernels, in the text of one graph with the C++ wrapper."""
     return {
         "block_sparse": source.count("using RegisterTile = "),
-        "all": len(re.findall(r"void cpp_\w+\([^;{]*\)\s*\{", source)),
+        "all": len(re.findall(r"void\s+cpp_\w+\([^;{]*\)\s*\{", source)),
     }
 
 
