@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping
 
-from .cpu_probes import Probe, Probes
+from .cpu_probes import EPILOGUE, Probe, Probes
 from .devices import NUMBERS, DeviceSpec
 
 SOURCE = "measured on this machine"
@@ -24,7 +24,7 @@ TRUST = 4.0
 LEAST, MOST = 0.02, 4.0
 """Of peak; fractions above 1 say that the peak was taken too low."""
 
-_STEPS = 26  # of bisection: to eight digits
+_STEPS = 18  # of bisection: to four digits
 _ROUNDS = 3  # several figures have a part in one time
 
 
@@ -60,8 +60,8 @@ def solve(
         default: where trust in a field of the spec centers.
     """
     low, high = LEAST, MOST
-    if name in NUMBERS:
-        center = getattr(default or spec, name)
+    if name in NUMBERS or name.startswith(EPILOGUE):
+        center = getattr(default or spec, name, spec.epilogue_seconds_per_vector)
         low, high = center / TRUST, center * TRUST
 
     def predicted(figure: float) -> float:
@@ -78,7 +78,10 @@ def solve(
 
 
 def with_figure(spec: DeviceSpec, name: str, figure: float) -> DeviceSpec:
-    """`spec` with one field or one efficiency replaced."""
+    """`spec` with one field, one entry of the epilogues, or one efficiency replaced."""
+    if name.startswith(EPILOGUE):
+        epilogues = {**spec.tile_epilogue_seconds_per_vector, name.removeprefix(EPILOGUE): figure}
+        return spec.with_figures(SOURCE, tile_epilogue_seconds_per_vector=epilogues)
     return spec.with_figures(
         SOURCE, **({name: figure} if name in NUMBERS else {"efficiency": {name: figure}})
     )

@@ -1,6 +1,7 @@
 """Layers that tell the figures of a CPU: at each, one figure decides how long it takes.
 
-Names of probes are names of figures: fields of `DeviceSpec`, or of its `efficiency`.
+Names of probes are names of figures: fields of `DeviceSpec`, entries of its `efficiency`, or, after `EPILOGUE`, of
+its `tile_epilogue_seconds_per_vector`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from .depthwise import DEPTHWISE, depthwise_pattern
 from .devices import DeviceSpec
 from .pattern import BlockPattern, BlockShape
 from .plan import DENSE, Site
+
+
+EPILOGUE = "epilogue/"
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,6 @@ def kernel_probes(spec: DeviceSpec) -> Probes:
     deep = _conv(1024, 1, 14, out_channels=512)
     layer = LAYERS["depthwise"]
     probes = {
-        "epilogue_seconds_per_vector": Probe(wide, tiles(wide, (32, 32), 8), "cpu_f32"),
         "transpose_seconds_per_vector": Probe(narrow, scattered(narrow, (4, 1), 0.03), SPMM.name),
         SPMM.name: Probe(wide, scattered(wide, (4, 1), 0.5), SPMM.name),
         "l2_read_over_copy": Probe(deep, scattered(deep, (1, 1), 0.1), SPMM.name),
@@ -117,16 +120,19 @@ def kernel_probes(spec: DeviceSpec) -> Probes:
 
 
 def tile_probes(spec: DeviceSpec) -> Probes:
-    """A layer for every efficiency of our kernels, by tile; and for what AMX tiles cost beyond products."""
+    """Layers for every efficiency and epilogue of our kernels, by tile; and for AMX tiles beyond their products."""
     probes = {}
     for name, variant in variants.VARIANTS.items():
         if variant.device != "cpu" or name in (SPMM.name, DEPTHWISE.name):
             continue
-        for kind in ("spatial", "pointwise", "linear"):
-            site = replace(LAYERS[kind], dtype=variant.dtypes[0])
-            for block in (32, 16, 8):
-                pattern = tiles(site, (block, block), 2)
-                probes[f"{name}/{block}x{block}/{kind}"] = Probe(site, pattern, name)
+        for block in (32, 16, 8):
+            tile, shape = f"{name}/{block}x{block}", (block, block)
+            for kind in ("spatial", "pointwise", "linear"):
+                site = replace(LAYERS[kind], dtype=variant.dtypes[0])
+                probes[f"{tile}/{kind}"] = Probe(site, tiles(site, shape, 2), name)
+            if name != AMX.name:
+                wide = replace(_conv(64, 1, 28, out_channels=256), dtype=variant.dtypes[0])
+                probes[EPILOGUE + tile] = Probe(wide, tiles(wide, shape, 8), name)
     layer = replace(LAYERS["linear"], dtype="bfloat16")
     probes["amx_tile_seconds"] = Probe(layer, tiles(layer, (32, 32), 12), AMX.name)
     return _runnable(probes, spec)

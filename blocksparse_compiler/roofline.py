@@ -269,7 +269,7 @@ def sparse_cost(
         flops,
         traffic,
         flops * sympy.Min(turns, skew) / (rate * _tile_fill(site, tile_pixels))
-        + epilogue_seconds(site, block, device),
+        + epilogue_seconds(site, block, device, variant),
         memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
     )
@@ -285,10 +285,17 @@ def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[i
     )
 
 
-def epilogue_seconds(site: Site, block: BlockShape, device: DeviceSpec) -> sympy.Expr:
+def epilogue_seconds(site: Site, block: BlockShape, device: DeviceSpec, variant: str = "") -> sympy.Expr:
     """Time of bias, activation and stores, however many tiles are kept."""
     vectors = positions(site) * -(-site.out_channels // _register_tile(site, block, device)[1])
-    return vectors * device.epilogue_seconds_per_vector / device.threads
+    square = _square(block[0])
+    known = device.tile_epilogue_seconds_per_vector.get(f"{variant}/{square}x{square}")
+    return vectors * (known or device.epilogue_seconds_per_vector) / device.threads
+
+
+def _square(height: int) -> int:
+    """Side of the highest measured square tile that is no higher."""
+    return max((side for side in (32, 16, 8) if side <= height), default=8)
 
 
 def _tile_fill(site: Site, tile_pixels: int) -> sympy.Expr:
@@ -318,7 +325,7 @@ def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant:
     is no higher.
     """
     height, width = block_shape
-    square = max((s for s in (32, 16, 8) if s <= height), default=8)
+    square = _square(height)
     shapes = (f"{height}x{width}", f"{square}x{square}")
     names = (
         name for shape in shapes for name in (f"{variant}/{shape}/{kind(site)}", f"{shape}/{kind(site)}")
