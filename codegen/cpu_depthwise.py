@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
-from .conv_inputs import channels_last_conv, vectors_of_isa
+from ..cpu_spmm import reads_first, writes_first
+from ..variants import KernelConfig
+from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
+from .cpu_depthwise_planes import DepthwisePlanesTemplate
 from .cpu_template import BlockSparseTemplate
-from .epilogue import unroll
+from .epilogue import clamp_natively, unroll
 from .inductor_api import ir, lowerings, parallel_num_threads
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, Size, all_static, even_segment
@@ -33,7 +36,10 @@ def lower_depthwise(
     operands = [weight] if bias is None else [weight, without_offset(bias)]
     if x.get_device().type != "cpu" or any(t.get_dtype() != torch.float32 for t in (x, *operands)):
         raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
-    x, conv = channels_last_conv(x, kernel_size, stride, padding, dilation)
+    geometry = (kernel_size, stride, padding, dilation)
+    if is_channels_first(kernel):
+        return _lower_planes(x, operands, *geometry)
+    x, conv = channels_last_conv(x, *geometry)
     n, channels = x.get_size()[0], int(x.get_size()[1])
     lanes = min(16, vectors_of_isa()[0])
     if channels < lanes or not all_static((*conv.input_size, *conv.input_strides[1:])):
@@ -43,6 +49,26 @@ def lower_depthwise(
     template = DepthwiseTemplate(nodes, layout, parallel_num_threads(), images=n, conv=conv, lanes=lanes)
     out = template.generate().output_node()
     return lowerings[torch.ops.aten.permute.default](out, [0, 3, 1, 2])
+
+
+def is_channels_first(kernel: str) -> bool:
+    """Whether the kernel reads and writes channels first; it cannot change from one to the other."""
+    parameters = KernelConfig.decode(kernel).parameters
+    if reads_first(parameters) != writes_first(parameters):
+        raise Unsupported("a depthwise kernel that changes the layout")
+    return reads_first(parameters)
+
+
+def _lower_planes(x: Any, operands: list[Any], *geometry: Sequence[int]) -> Any:
+    x, conv = channels_first_conv(x, *geometry)
+    n, channels = x.get_size()[:2]
+    nodes = kernel_inputs([x, *operands])
+    layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, channels, *conv.output_size])
+    lanes = min(16, vectors_of_isa()[0])
+    template = DepthwisePlanesTemplate(
+        nodes, layout, parallel_num_threads(), images=n, conv=conv, lanes=lanes
+    )
+    return template.generate().output_node()
 
 
 class DepthwiseTemplate(BlockSparseTemplate):
@@ -106,4 +132,5 @@ class DepthwiseTemplate(BlockSparseTemplate):
         part = [("m_start", f"m_start + {self.segment}"), ("c_start", f"c_start + {self.lanes}")]
         target, source = kernel.slice_nd(matrix, part), kernel.local_buffers["acc"]
         offsets = ("m_start", "c_start")
-        return unroll(kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers))
+        code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
+        return unroll(clamp_natively(code))

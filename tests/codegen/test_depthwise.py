@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import blocksparse_compiler as bsc
 from blocksparse_compiler import BlockPattern, Plan, cost, trace
+from blocksparse_compiler.cpu_spmm import CHANNELS_FIRST
 from blocksparse_compiler.depthwise import DEPTHWISE, depthwise_pattern
 from blocksparse_compiler.errors import PlanError
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
@@ -35,12 +36,15 @@ class Case:
     bias: bool = True
 
 
+FIRST = f"{DEPTHWISE.name};reads={CHANNELS_FIRST};writes={CHANNELS_FIRST}"
+
+
 class Layer(nn.Module):
     """The operator; `reference` is plain torch."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, kernel: str = DEPTHWISE.name) -> None:
         super().__init__()
-        self.case = case
+        self.case, self.kernel = case, kernel
         torch.manual_seed(0)
         self.weight = torch.randn(case.shape[1], 1, *case.kernel)
         self.register_buffer("taps", DEPTHWISE.pack(self.weight, None).values)
@@ -49,10 +53,13 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         c = self.case
         geometry = (list(c.kernel), list(c.stride), list(c.padding), list(c.dilation))
-        return torch.ops.blocksparse.depthwise(x, self.taps, self.bias, *geometry, True, DEPTHWISE.name)
+        return torch.ops.blocksparse.depthwise(
+            x, self.taps, self.bias, *geometry, self.kernel == DEPTHWISE.name, self.kernel
+        )
 
     def input(self) -> Tensor:
-        return torch.randn(self.case.shape).to(memory_format=torch.channels_last)
+        x = torch.randn(self.case.shape)
+        return x if self.kernel == FIRST else x.to(memory_format=torch.channels_last)
 
     def reference(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         c = self.case
@@ -74,8 +81,17 @@ TRICKY = [
 ]
 
 
-def check(cases: list[Case]) -> None:
-    layers = [Layer(case) for case in cases]
+TRICKY_PLANES = [
+    *TRICKY,
+    Case((1, 3, 112, 50)),
+    Case((1, 5, 33, 33), stride=(2, 2)),
+    Case((1, 4, 16, 12), (5, 5), (2, 2), (1, 2, 1, 2)),
+    Case((1, 2, 13, 49), stride=(3, 3), dilation=(2, 2)),
+]
+
+
+def check(cases: list[Case], kernel: str = DEPTHWISE.name) -> None:
+    layers = [Layer(case, kernel) for case in cases]
     xs = [layer.input() for layer in layers]
     module = nn.ModuleList(layers)
 
@@ -93,12 +109,16 @@ def check(cases: list[Case]) -> None:
         error, dense = out - exact, layer.reference(x, torch.float32) - exact
         assert out.shape == exact.shape
         assert error.norm() <= 1.5 * dense.norm() + 2.0**-23 * exact.norm(), layer.case
-    assert "DepthwiseTile<" in source
+    assert ("PlaneTile<" if kernel == FIRST else "DepthwiseTile<") in source
     assert "blocksparse" not in source.replace("blocksparse_compiler", ""), "an operator was not lowered"
 
 
 def test_tricky_geometries():
     check(TRICKY)
+
+
+def test_tricky_geometries_channels_first():
+    check(TRICKY_PLANES, FIRST)
 
 
 @st.composite

@@ -1,0 +1,101 @@
+"""Depthwise convolutions, channels first: vectors of neighbouring pixels, images with channels as planes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .cpu_template import BlockSparseTemplate
+from .epilogue import clamp_natively, unroll
+from .tiling import ConvGeometry, Size, even_segment
+
+MOST_ROWS = 8
+"""Of a register tile: sums and the weights of a 3x3 filter fit 32 registers."""
+
+
+def vector_of(lanes: int, columns: int) -> int:
+    """Floats of a vector: half of AVX-512's for rows that would leave more than half of it empty."""
+    return lanes // 2 if lanes == 16 and columns <= lanes // 2 else lanes
+
+
+class DepthwisePlanesTemplate(BlockSparseTemplate):
+    """One depthwise convolution, channels first.
+
+    Args:
+        input_nodes: input `[n, c, h, w]`, contiguous, weight `[taps, c]` and, optionally, bias.
+        layout: output, `[n, c, oh, ow]`, contiguous.
+        lanes: floats of a vector of the CPU.
+        Others as `BlockSparseTemplate`.
+    """
+
+    source = "cpu_f32_depthwise_planes.cpp.jinja"
+    headers = ("block_sparse.h", "depthwise_planes_f32.h")
+    operands = ("Weight",)
+
+    def __init__(
+        self, input_nodes: Any, layout: Any, num_threads: int, *, images: Size, conv: ConvGeometry, lanes: int
+    ) -> None:
+        super(BlockSparseTemplate, self).__init__("depthwise", input_nodes, layout, num_threads)
+        self.images, self.conv = images, conv
+        self.rows = even_segment(int(conv.output_size[0]), MOST_ROWS)
+        self.lanes = vector_of(lanes, int(conv.output_size[1]))
+        self.block_shape, self.flush, self.bias_first = (1, 1), 0, True
+
+    def _tile_options(self) -> dict[str, Any]:
+        return {"lanes": self.lanes, "rows": self.rows}
+
+    def _conv_options(self) -> dict[str, Any]:
+        g = self.conv
+        height, width = g.input_size
+        return {
+            "filters": int(self.layout.size[1]),
+            "images": self.images,
+            "oh": g.output_size[0],
+            "plane_size": height * width,
+            "plane_geometry": (
+                *g.kernel_size,
+                height,
+                width,
+                g.output_size[1],
+                *g.stride,
+                *g.dilation,
+                *g.pad_begin,
+            ),
+        }
+
+    def _store(
+        self,
+        kernel: Any,
+        matrix: Any,
+        raw: Any,
+        nodes: list[Any],
+        reindexers: list[Callable[..., Any]],
+    ) -> str:
+        """C++ that runs the epilogue on `acc`: output rows from `m_start` on, columns from `c_start` on.
+
+        Of the last tiles, only what lies in the image.
+        """
+        height, width = (int(size) for size in self.conv.output_size)
+
+        def store(rows: int, columns: int) -> str:
+            source = kernel.local_buffers["acc"]
+            if (rows, columns) != (self.rows, self.lanes):
+                source = kernel.slice_nd(source, [("0", str(rows)), ("0", str(columns))])
+            where = [("m_start", f"m_start + {rows}"), ("c_start", f"c_start + {columns}")]
+            offsets = ("m_start", "c_start")
+            target = kernel.slice_nd(matrix, where)
+            code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
+            return unroll(clamp_natively(code))
+
+        def store_rows(columns: int) -> str:
+            whole = store(self.rows, columns)
+            if height % self.rows == 0:
+                return whole
+            rest = height % self.rows
+            return f"if (oh + ROWS <= OH) {{ {whole} }} else {{ {store(rest, columns)} }}"
+
+        last = store_rows(width % self.lanes or self.lanes)
+        if width <= self.lanes or width % self.lanes == 0:
+            return last
+        whole = store_rows(self.lanes)
+        return f"if (tile + 1 < RegisterTile::TILES) {{ {whole} }} else {{ {last} }}"
