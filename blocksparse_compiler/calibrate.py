@@ -149,6 +149,8 @@ def _measure(probes: cpu_probes.Probes, seconds: float) -> dict[str, float]:
             log.info("%s keeps its default: %s", name, error)
         else:
             calls[name] = functools.partial(run, x)
+    # glibc keeps blocks up to this size once one was freed; else some layers would page-fault at every call.
+    torch.empty(30 * MIB, dtype=torch.uint8)
     with torch.no_grad(), alone():
         times = tune.interleave(calls, seconds, warm=True)
     empty = times.pop(_EMPTY).median

@@ -131,8 +131,8 @@ def tile_probes(spec: DeviceSpec) -> Probes:
                 site = replace(LAYERS[kind], dtype=variant.dtypes[0])
                 probes[f"{tile}/{kind}"] = Probe(site, tiles(site, shape, 2), name)
             if name != AMX.name:
-                wide = replace(_conv(64, 1, 28, out_channels=256), dtype=variant.dtypes[0])
-                probes[EPILOGUE + tile] = Probe(wide, tiles(wide, shape, 8), name)
+                wide = replace(_conv(64, 1, 56, out_channels=256), dtype=variant.dtypes[0])
+                probes[EPILOGUE + tile] = Probe(wide, scattered(wide, shape, 0.25), name)
     layer = replace(LAYERS["linear"], dtype="bfloat16")
     probes["amx_tile_seconds"] = Probe(layer, tiles(layer, (32, 32), 12), AMX.name)
     return _runnable(probes, spec)
