@@ -131,10 +131,7 @@ def run(
             for ((label, site), tall), calls in zip(work, builds, strict=True)
         ]
     print_rows(rows)
-    if merge:
-        rows = report.merge(report.path_of(name), rows, ("shape", "block"))
-    path = report.save(name, rows)
-    report.console.print(f"wrote {path.name} in {path.parent.name}/")
+    report.publish(name, rows, ("shape", "block"), merged=merge)
 
 
 if __name__ == "__main__":

@@ -58,11 +58,7 @@ def run(
                 weights = 4 * row["kept"] * case.shape.in_features * case.shape.out_features
                 found.append({**row, "weight_gb_per_s": weights / row["ours"]["auto"]["median_ms"] / 1e6})
     print_rows(found)
-    if merge:
-        keys = ("shape", "batch", "block", "density", "threads")
-        found = report.merge(report.path_of(name), found, keys)
-    path = report.save(name, found)
-    report.console.print(f"wrote {path.name} in {path.parent.name}/")
+    report.publish(name, found, ("shape", "batch", "block", "density", "threads"), merged=merge)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from blocksparse_compiler import Plan
 
 from . import baselines, pictures, report, zoo
 from .ours import newest_plan
-from .timing import interleave, keep_freed_memory
+from .timing import keep_freed_memory, time_networks
 
 DBSR_FRACTIONS = {"DBSR-A": 17.89 / 25.56, "DBSR-B": 13.36 / 25.56}
 PARTS = {
@@ -90,8 +90,7 @@ def measure(
         fast = baselines.compiled(sparse.forward, backend="blocksparse")
         facts[keep] = {"kept": kept, **check(fast, sparse, x), **kernels(newest_plan())}
         builds[keep] = fast
-    calls = {key: (lambda build=build: build(x)) for key, build in builds.items()}
-    timings = {key: t.to_json() for key, t in interleave(calls, budget=budget, rounds=(7, 25)).items()}
+    timings = time_networks(builds, x, budget)
     dense = {key: timings[key] for key in dense_names}
     for keep in keeps:
         yield {
@@ -100,11 +99,7 @@ def measure(
             "keep": keep,
             "dtype": dtype,
             "block": "x".join(map(str, block_shape)),
-            "dense": dense,
-            "best_dense": report.best(dense),
-            "ours": timings[keep],
-            "speedup": report.speedup(dense, timings[keep]),
-            "speedup_minimum": report.speedup(dense, timings[keep], "minimum_ms"),
+            **report.compared(dense, timings[keep]),
             **facts[keep],
         }
 
@@ -168,11 +163,8 @@ def run(
                 )
                 bar.advance(task)
     print_models(rows)
-    if merge:
-        rows = report.merge(report.path_of(name), rows, ("model", "batch", "keep", "block"))
-    path = report.save(name, rows)
-    pictures.draw_models(rows, path.with_suffix(".png"))
-    report.console.print(f"wrote {path.name} and {path.with_suffix('.png').name} in {path.parent.name}/")
+    rows = report.publish(name, rows, ("model", "batch", "keep", "block"), merged=merge)
+    pictures.draw_models(rows, report.path_of(name).with_suffix(".png"))
 
 
 if __name__ == "__main__":

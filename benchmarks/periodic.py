@@ -25,7 +25,7 @@ from examples import paper_networks
 from . import baselines, report, zoo
 from .models import check, dense_builds, kernels
 from .ours import newest_plan
-from .timing import interleave, keep_freed_memory
+from .timing import keep_freed_memory, time_networks
 
 NETWORKS = {
     "vgg16": lambda: paper_networks.vgg(paper_networks.VGG16, 10),
@@ -65,8 +65,7 @@ def measure(
         kept = macs.macs / macs.dense_macs
         facts[each] = {"kept_macs": kept, **check(fast, sparse, x), **kernels(newest_plan())}
         builds[each] = fast
-    calls = {key: (lambda build=build: build(x)) for key, build in builds.items()}
-    timings = {key: t.to_json() for key, t in interleave(calls, budget=budget, rounds=(15, 200)).items()}
+    timings = time_networks(builds, x, budget)
     dense = {key: timings[key] for key in dense_names}
     for each in schemes:
         yield {
@@ -74,11 +73,7 @@ def measure(
             "batch": batch,
             "pixels": pixels,
             "scheme": each,
-            "dense": dense,
-            "best_dense": report.best(dense),
-            "ours": timings[each],
-            "speedup": report.speedup(dense, timings[each]),
-            "speedup_minimum": report.speedup(dense, timings[each], "minimum_ms"),
+            **report.compared(dense, timings[each]),
             **facts[each],
         }
 
@@ -124,10 +119,7 @@ def run(
             for size in batch:
                 rows += measure(each, size, pixels, tuple(scheme), budget)
     print_rows(rows)
-    if merge:
-        rows = report.merge(report.path_of(name), rows, ("model", "batch", "pixels", "scheme"))
-    path = report.save(name, rows)
-    report.console.print(f"wrote {path.name} in {path.parent.name}/")
+    report.publish(name, rows, ("model", "batch", "pixels", "scheme"), merged=merge)
 
 
 if __name__ == "__main__":

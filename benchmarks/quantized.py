@@ -146,10 +146,7 @@ def run(
                 few = 1 if isinstance(each, LinearShape) else size
                 rows.append(measure(each, few, density, (block, block), budget))
     print_rows(rows)
-    if merge:
-        rows = report.merge(report.path_of(name), rows, ("shape", "batch", "block"))
-    path = report.save(name, rows)
-    report.console.print(f"wrote {path.name} in {path.parent.name}/")
+    report.publish(name, rows, ("shape", "batch", "block"), merged=merge)
 
 
 if __name__ == "__main__":

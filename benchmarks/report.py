@@ -96,6 +96,16 @@ def save(name: str, rows: Sequence[Row], folder: Path = RESULTS, **more: Any) ->
     return path
 
 
+def publish(
+    name: str, rows: Sequence[Row], keys: Sequence[str], *, merged: bool, folder: Path = RESULTS
+) -> list[Row]:
+    """Saves a run's rows and says where; `merged` keeps those of an existing file that differ in `keys`."""
+    written = merge(path_of(name, folder), rows, keys) if merged else list(rows)
+    path = save(name, written, folder)
+    console.print(f"wrote {path.name} in {path.parent.name}/")
+    return written
+
+
 def path_of(name: str, folder: Path = RESULTS) -> Path:
     return folder / f"{name}.json"
 
@@ -113,3 +123,14 @@ def best(timings: dict[str, Any], key: str = "median_ms") -> str:
 def speedup(dense: dict[str, Any], ours: dict[str, Any], key: str = "median_ms") -> float:
     """Fastest dense time over ours; both as written by `Timing.to_json`."""
     return float(dense[best(dense, key)][key] / ours[key])
+
+
+def compared(dense: dict[str, Any], ours: dict[str, Any]) -> Row:
+    """What a row says of the times of dense builds and of ours."""
+    return {
+        "dense": dense,
+        "best_dense": best(dense),
+        "ours": ours,
+        "speedup": speedup(dense, ours),
+        "speedup_minimum": speedup(dense, ours, "minimum_ms"),
+    }

@@ -23,12 +23,17 @@ import blocksparse_compiler as bsc
 from . import baselines, report, zoo
 from .models import check, dense_builds, kernels
 from .ours import newest_plan
-from .timing import interleave, keep_freed_memory
+from .timing import keep_freed_memory, time_networks
 
 OUR_BUILDS: dict[str, dict[str, Any]] = {"blocksparse": {}, "blocksparse+cpp_wrapper": {"cpp_wrapper": True}}
 """As of the dense builds, the faster one counts."""
 
-SPARSITIES = {"mobilenet_v1": (0.9,), "mobilenet_v2": (0.85,)}
+SPARSITIES = {
+    "mobilenet_v1": (0.9,),
+    "mobilenet_v2": (0.85,),
+    "mobilenet_v3": (0.8,),
+    "efficientnet_b0": (0.85,),
+}
 
 
 def measure(
@@ -51,25 +56,19 @@ def measure(
                 fast = baselines.compiled(sparse.forward, backend="blocksparse", options=options)
                 facts[sparsity, height] = {**check(fast, sparse, x), **kernels(newest_plan())}
                 builds[f"{sparsity}/{height}/{build}"] = fast
-    calls = {key: (lambda build=build: build(x)) for key, build in builds.items()}
-    timings = {key: t.to_json() for key, t in interleave(calls, budget=budget, rounds=(15, 200)).items()}
+    timings = time_networks(builds, x, budget)
     dense = {key: timings[key] for key in dense_names}
     for (sparsity, height), known in facts.items():
         all_ours = {build: timings[f"{sparsity}/{height}/{build}"] for build in OUR_BUILDS}
         best_ours = report.best(all_ours)
-        ours = all_ours[best_ours]
         yield {
             "model": name,
             "batch": batch,
             "sparsity": sparsity,
             "block": f"{height}x1",
-            "dense": dense,
-            "best_dense": report.best(dense),
+            **report.compared(dense, all_ours[best_ours]),
             "all_ours": all_ours,
             "best_ours": best_ours,
-            "ours": ours,
-            "speedup": report.speedup(dense, ours),
-            "speedup_minimum": report.speedup(dense, ours, "minimum_ms"),
             **known,
         }
 
@@ -107,10 +106,7 @@ def run(
             for size in batch:
                 rows += measure(network, size, wanted, tuple(height), budget)
     print_rows(rows)
-    if merge:
-        rows = report.merge(report.path_of(name), rows, ("model", "batch", "sparsity", "block"))
-    path = report.save(name, rows)
-    report.console.print(f"wrote {path.name} in {path.parent.name}/")
+    report.publish(name, rows, ("model", "batch", "sparsity", "block"), merged=merge)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import logging
 import statistics
 import time
@@ -18,17 +20,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 log = logging.getLogger(__name__)
 
+TURN = 0.05
+"""Seconds of a turn of a whole network: long against what refilling the caches takes."""
+
 MOST_OTHER_LOAD = 0.05
 """Of all processors' time: when other processes take more, the times are not to be trusted."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call, and the share of all processors' time that other processes took meanwhile."""
+    """Seconds per call, and the share of all processors' time that other processes took meanwhile.
+
+    `in_a_row` counts the calls of each turn that were timed.
+    """
 
     median: float
     minimum: float
     rounds: int
+    in_a_row: int = 1
     other_load: float = 0.0
 
     def to_json(self, copies: int = 1) -> dict[str, float | int]:
@@ -38,33 +47,66 @@ class Timing:
             "median_ms": self.median * ms,
             "minimum_ms": self.minimum * ms,
             "rounds": self.rounds,
+            "in_a_row": self.in_a_row,
             "other_load": round(self.other_load, 3),
         }
 
 
 def interleave(
-    calls: Mapping[str, Call], *, budget: float = 0.5, rounds: tuple[int, int] = (7, 50), warmup: int = 3
+    calls: Mapping[str, Call],
+    *,
+    budget: float = 0.5,
+    rounds: tuple[int, int] = (7, 50),
+    warmup: int = 3,
+    turn: float = 0.0,
 ) -> dict[str, Timing]:
-    """Times every call once per round, as many rounds as fit `budget` seconds (within `rounds`).
+    """Gives every call a turn per round, as many rounds as fit `budget` seconds (within `rounds`).
 
     Warns if other processes took much of the machine meanwhile.
+
+    Args:
+        turn: seconds of a turn. 0 is one call, which finds the caches as the other builds left them. Longer
+            turns are of at least two calls, of which the first does not count: the others find them as they
+            left them themselves, like a model that is called in a row.
     """
-    for _ in range(warmup):
-        began = time.perf_counter()
-        for call in calls.values():
-            call()
-    per_round = time.perf_counter() - began
-    count = max(rounds[0], min(rounds[1], int(budget / per_round)))
+    lengths = {name: _calls_per_turn(call, warmup, turn) for name, call in calls.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with OtherLoad() as others:
-        for _ in range(count):
+        began, done = time.perf_counter(), 0
+        while done < rounds[0] or (done < rounds[1] and time.perf_counter() - began < budget):
             for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name] += _turn(call, lengths[name])
+            done += 1
     if others.fraction > MOST_OTHER_LOAD:
         log.warning("other processes took %.0f%% of the machine: measure again", 100 * others.fraction)
-    return {name: Timing(statistics.median(s), min(s), count, others.fraction) for name, s in seconds.items()}
+    return {
+        name: Timing(statistics.median(s), min(s), done, max(1, lengths[name] - 1), others.fraction)
+        for name, s in seconds.items()
+    }
+
+
+def _calls_per_turn(call: Call, warmup: int, turn: float) -> int:
+    """As many as fit `turn` seconds, by the last of some first calls."""
+    last = _turn(call, warmup)[-1]
+    return max(2, int(turn / last)) if turn else 1
+
+
+def _turn(call: Call, count: int) -> list[float]:
+    """Seconds of each of so many calls in a row; of several, without the first."""
+    clock = [time.perf_counter()]
+    for _ in range(count):
+        call()
+        clock.append(time.perf_counter())
+    return [end - start for start, end in itertools.pairwise(clock)][count > 1 :]
+
+
+def time_networks(
+    builds: Mapping[str, Callable[[Any], Any]], x: Any, budget: float
+) -> dict[str, dict[str, float | int]]:
+    """JSON of the timing of every build on one input, each in turns of `TURN` seconds."""
+    calls = {name: functools.partial(build, x) for name, build in builds.items()}
+    timings = interleave(calls, budget=budget, rounds=(5, 50), turn=TURN)
+    return {name: timing.to_json() for name, timing in timings.items()}
 
 
 def keep_freed_memory() -> bool:

@@ -90,10 +90,7 @@ def measure(
             "block": f"{block}x{block}",
             "density": float(density),
             "form": form,
-            "dense": dense,
-            "best_dense": report.best(dense),
-            "ours": timings[name],
-            "speedup": report.speedup(dense, timings[name]),
+            **report.compared(dense, timings[name]),
             **fact,
         }
 
@@ -147,10 +144,7 @@ def run(
                 rows += measure(s, b, block, tuple(density), budget)
                 bar.advance(task)
     print_rows(rows)
-    if merge:
-        rows = report.merge(report.path_of(name), rows, ("stage", "batch", "block", "density", "form"))
-    path = report.save(name, rows)
-    report.console.print(f"wrote {path.name} in {path.parent.name}/")
+    report.publish(name, rows, ("stage", "batch", "block", "density", "form"), merged=merge)
 
 
 if __name__ == "__main__":

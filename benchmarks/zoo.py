@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import blocksparse_compiler as bsc
 
+from . import mobile
+
 Forward = Callable[[Tensor], Tensor]
 BERT_TOKENS = 128
 
@@ -70,6 +72,17 @@ def mobilenet_v2() -> Network:
     return _vision(MobileNetV2ForImageClassification(MobileNetV2Config(num_labels=1000, tf_padding=False)))
 
 
+def mobilenet_v3() -> Network:
+    """The large one."""
+    model = prepare(mobile.mobilenet_v3_large())
+    return Network(model, model, image)
+
+
+def efficientnet_b0() -> Network:
+    model = prepare(mobile.efficientnet_b0())
+    return Network(model, model, image)
+
+
 def bert_base() -> Network:
     from transformers import BertConfig, BertModel
 
@@ -89,6 +102,8 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "resnext50": resnext50,
     "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": mobilenet_v2,
+    "mobilenet_v3": mobilenet_v3,
+    "efficientnet_b0": efficientnet_b0,
 }
 
 
@@ -123,11 +138,15 @@ def prunable(model: nn.Module, block_shape: tuple[int, int]) -> list[str]:
 
 
 def pointwise(model: nn.Module) -> list[str]:
-    """Names of the ungrouped 1x1 convolutions."""
+    """Names of the ungrouped 1x1 convolutions on images; gates compute on one pixel."""
+    gates = {m for gate in model.modules() if isinstance(gate, mobile.SqueezeExcite) for m in gate.modules()}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+        if isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.groups == 1
+        and module not in gates
     ]
 
 

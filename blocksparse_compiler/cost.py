@@ -17,6 +17,7 @@ from .candidate_cost import (
 )
 from .depthwise import DEPTHWISE
 from .devices import AnyDevice
+from .few_rows import runs_whole
 from .gpu_devices import GpuSpec
 from .pattern import BlockPattern
 from .plan import DENSE, Decision, Site
@@ -135,7 +136,8 @@ def _structural_obstacle(site: Site, patterns: Sequence[BlockPattern], allow_den
         return None
     if geometry(site) == "depthwise":
         return "depthwise convolution has one input channel per group"
-    if not patterns or (allow_dense and all(p.num_kept == p.kept.numel() for p in patterns)):
+    whole = allow_dense and not runs_whole(site) and all(p.num_kept == p.kept.numel() for p in patterns)
+    if not patterns or whole:
         shapes = {p.block_shape for p in patterns}
         if len(shapes) == 1:
             return "no zero blocks found in {}x{} tiles".format(*shapes.pop())
@@ -153,9 +155,7 @@ def why_sparse(
     limit: str = "",
 ) -> str:
     """The sentence for a layer that goes sparse; `limit` says what bounds its time."""
-    kept = (
-        "dense on its own kernel" if pattern.groups == pattern.in_channels > 1 else f"{_kept(pattern)} kept"
-    )
+    kept = "dense on its own kernel" if pattern.density == 1 else f"{_kept(pattern)} kept"
     reason = (
         f"{kept}: {format_seconds(seconds)} against {format_seconds(dense_seconds)} dense "
         f"({dense_seconds / seconds:.1f}x{', measured' if measured else ''}){limit}"
@@ -167,6 +167,8 @@ def _why_dense(site: Site, best: Candidate, device: AnyDevice, hints: Hints | No
     pattern = best.pattern
     if best.variant == DEPTHWISE.name:
         return "stays dense: torch's depthwise convolution is as fast at this size"
+    if pattern.density == 1:
+        return "stays dense: no zero blocks found, and torch's kernel is as fast at this size"
     limit = break_even_density(
         with_sizes(site, hints) if isinstance(device, GpuSpec) else site,
         pattern.block_shape,

@@ -115,8 +115,8 @@ class Decision:
 
     @property
     def is_block_sparse(self) -> bool:
-        """Whether it runs on kept tiles; a depthwise layer on a kernel of ours is not dense, but whole."""
-        return not self.is_dense and (self.site.groups == 1 or self.site.groups < self.site.in_channels)
+        """Whether it leaves out zero tiles; depthwise layers and others on kernels of ours may be whole."""
+        return not self.is_dense and self.density < 1
 
     @property
     def density(self) -> float:

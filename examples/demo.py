@@ -75,7 +75,7 @@ def measure(dense: nn.Module, sparse: nn.Module, x: Tensor) -> Table:
     calls[ours], seconds[ours] = _compile(sparse, x, "blocksparse")
     torch.testing.assert_close(calls[ours](), sparse(x), rtol=1e-3, atol=1e-3)
 
-    times = timing.interleave(calls, budget=8, rounds=(15, 300))
+    times = timing.interleave(calls, budget=8, rounds=(5, 100), turn=timing.TURN)
     fastest = min((name for name in calls if name != ours), key=lambda name: times[name].median)
     table = Table(title=f"forward pass, batch {len(x)}, {torch.get_num_threads()} threads, fp32")
     for column in ("build", "median ms", "minimum ms", "compiled in", "speed-up"):

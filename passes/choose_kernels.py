@@ -22,6 +22,7 @@ from ..depthwise import depthwise_pattern
 from ..devices import AnyDevice
 from ..devices import device as present_device
 from ..errors import LayerError, PlanError
+from ..few_rows import whole_patterns
 from ..gpu_devices import GpuSpec
 from ..kernel_variant import KernelVariant
 from ..layout import swap_channels
@@ -131,8 +132,8 @@ def _choose_quantized(
     choose = functools.partial(_choose, call, weight=weight, spec=spec, block_shape=block_shape, hints=hints)
     integers = choose(site=site, allow_dense=allow_dense)
     floats = choose(site=replace(site, dtype="float32"), allow_dense=allow_dense)
-    if floats.is_dense or floats.pattern is None:
-        return integers
+    if floats.is_dense or floats.pattern is None or (floats.density == 1 and site.groups == 1):
+        return integers  # whole layers too: their weights are a quarter of the bytes
     seconds, dense = floats.estimates[floats.kernel], integers.estimates[DENSE]
     best = cost.MARGIN * dense if allow_dense else math.inf
     if seconds >= (best if integers.is_dense else integers.estimates[integers.kernel]):
@@ -153,7 +154,10 @@ def _with_note(decision: Decision, note: str | None) -> Decision:
 def find_patterns(
     call: LayerCall, site: Site, weight: Tensor, shapes: Sequence[BlockShape]
 ) -> list[BlockPattern]:
-    """The tiles of each block shape that hold a nonzero, for shapes in which at least one tile is zero."""
+    """The tiles of each block shape that hold a nonzero, for shapes in which at least one tile is zero.
+
+    Also all tiles of a layer that may run whole.
+    """
     # The sum says it without a temporary; only if it overflows does it take a closer look.
     if not weight.sum().isfinite() and not torch.isfinite(weight).all():
         raise LayerError(
@@ -167,7 +171,8 @@ def find_patterns(
     canonical = swap_channels(weight, call.groups) if call.transposed else weight
     if len(shapes) > 1 and not _may_scatter(site, weight):
         shapes = [shape for shape in shapes if shape not in cpu_spmm.BLOCK_SHAPES]
-    return _without_needless_columns(zero_block_patterns(canonical, site.groups, shapes))
+    found = _without_needless_columns(zero_block_patterns(canonical, site.groups, shapes))
+    return [*found, *whole_patterns(site)]
 
 
 def _may_scatter(site: Site, weight: Tensor) -> bool:

@@ -23,9 +23,33 @@ def test_interleave_takes_turns_and_counts_rounds() -> None:
     order: list[str] = []
     calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     times = timing.interleave(calls, budget=0, rounds=(4, 9), warmup=2)
-    assert order == ["a", "b"] * 6
-    assert [t.rounds for t in times.values()] == [4, 4]
+    assert order == ["a", "a", "b", "b"] + ["a", "b"] * 4
+    assert [(t.rounds, t.in_a_row) for t in times.values()] == [(4, 1), (4, 1)]
     assert all(0 <= t.minimum <= t.median for t in times.values())
+
+
+def test_long_turns_leave_out_the_call_that_finds_the_caches_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a clock of its own: a call takes 10 ms after itself, and 30 ms more after another one."""
+    order: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def work(name: str, seconds: float) -> None:
+        clock[0] += seconds if order[-1:] == [name] else seconds + 0.03
+        order.append(name)
+
+    calls = {"a": lambda: work("a", 0.01), "b": lambda: work("b", 0.1)}
+    times = timing.interleave(calls, budget=0, rounds=(2, 2), warmup=2, turn=0.045)
+    assert order == ["a"] * 2 + ["b"] * 2 + (["a"] * 4 + ["b"] * 2) * 2
+    assert [(t.median, t.minimum) for t in times.values()] == [
+        pytest.approx((0.01, 0.01)),
+        pytest.approx((0.1, 0.1)),
+    ]
+    assert [t.to_json()["in_a_row"] for t in times.values()] == [3, 1]
+    one_call = timing.interleave(calls, budget=0, rounds=(2, 2), warmup=2)
+    assert one_call["a"].median == pytest.approx(0.04)
 
 
 @pytest.mark.parametrize(("others", "warnings"), [(0.0, 0), (0.04, 0), (0.3, 1)])
@@ -195,6 +219,14 @@ def test_merging_replaces_equal_rows_and_keeps_the_others(tmp_path: Path) -> Non
     assert len(report.merge(path, rows, ("shape", "batch", "threads"))) == 3
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_run_replaces_the_file_or_its_own_rows_in_it(merged: bool, tmp_path: Path) -> None:
+    report.save("decode", [_row(1.0), _row(2.0, batch=1)], tmp_path)
+    written = report.publish("decode", [_row(3.0)], ("shape", "batch"), merged=merged, folder=tmp_path)
+    assert [r["speedup"]["auto"] for r in written] == ([3.0, 2.0] if merged else [3.0])
+    assert report.load(report.path_of("decode", tmp_path))["rows"] == written
+
+
 def test_readme_sections_are_rewritten_from_results(tmp_path: Path) -> None:
     rows = [_row(2.0)]
     path = report.save("layers", rows, tmp_path, summary=pictures.summarize(rows))
@@ -204,6 +236,19 @@ def test_readme_sections_are_rewritten_from_results(tmp_path: Path) -> None:
     assert "9.99" not in text
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter")
     assert readme.fill(text, tmp_path) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "layers"), [("mobilenet_v3", 5_483_032, 30), ("efficientnet_b0", 5_288_548, 32)]
+)
+def test_mobile_networks_are_those_published(name: str, parameters: int, layers: int) -> None:
+    """By their parameters; the gates' convolutions on one pixel are not counted among those on images."""
+    network = zoo.NETWORKS[name]()
+    assert sum(p.numel() for p in network.model.parameters()) == parameters
+    assert len(zoo.pointwise(network.model)) == layers
+    with torch.no_grad():
+        small = network.forward(zoo.image(2, 32))
+    assert small.shape == (2, 1000) and bool(small.isfinite().all())
 
 
 @pytest.mark.parametrize(

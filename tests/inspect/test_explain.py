@@ -148,7 +148,7 @@ def test_sources():
 
 
 def test_no_sources_without_sparse_layers():
-    dense = bsc.explain(torch.nn.Linear(8, 8), torch.randn(2, 8))
+    dense = bsc.explain(torch.nn.Linear(8, 8), torch.randn(32, 8))
     assert dense.kernels == {}
 
 

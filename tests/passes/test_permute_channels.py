@@ -214,5 +214,5 @@ def test_the_backend_runs_them_sparse():
         exact = copy.deepcopy(model).double()(x.double())
     assert (out - exact).norm() <= 1e-5 * exact.norm()
     plan = compiled_graphs()[-1].plan
-    assert [d.is_dense for d in plan] == [True, False, False, True]
-    assert all(d.density == pytest.approx(2 / 9) for d in plan if not d.is_dense)
+    assert [d.is_block_sparse for d in plan] == [False, True, True, False]
+    assert all(d.density == pytest.approx(2 / 9) for d in plan if d.is_block_sparse)
