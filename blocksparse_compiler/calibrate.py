@@ -1,8 +1,8 @@
 """Measures the present machine, so that estimates are about it. Once; the figures are kept on disk.
 
-The quick part (some seconds, run by itself at the first plan for this machine) times torch's operators in every
-dtype, memory, and the figures of our kernels that do not depend on the tile. The thorough part (`blocksparse
-calibrate`) compiles and times every kernel in every tile as well. What the machine lacks is not measured.
+The quick part (about five seconds, run by itself at the first plan for this machine) times memory, torch's
+operators in every dtype, and what our kernels have in common. The thorough part (`blocksparse calibrate`)
+compiles and times every kernel in every tile as well. What the machine lacks is not measured.
 All samples are taken in turn, so that a busy machine slows all alike: decisions rest on ratios.
 """
 

@@ -1,7 +1,7 @@
 """Layers that tell the figures of a CPU: at each, one figure decides how long it takes.
 
-Names of probes are names of figures: fields of `DeviceSpec`, entries of its `efficiency`, or, after `EPILOGUE`, of
-its `tile_epilogue_seconds_per_vector`.
+Names of probes are names of figures: fields of `DeviceSpec`, entries of its `efficiency`, or, after
+`EPILOGUE`, of its `tile_epilogue_seconds_per_vector`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from .depthwise import DEPTHWISE, depthwise_pattern
 from .devices import DeviceSpec
 from .pattern import BlockPattern, BlockShape
 from .plan import DENSE, Site
-
 
 EPILOGUE = "epilogue/"
 
@@ -120,7 +119,7 @@ def kernel_probes(spec: DeviceSpec) -> Probes:
 
 
 def tile_probes(spec: DeviceSpec) -> Probes:
-    """Layers for every efficiency and epilogue of our kernels, by tile; and for AMX tiles beyond their products."""
+    """Layers for every efficiency and epilogue of our kernels, by tile; and for AMX tiles as such."""
     probes = {}
     for name, variant in variants.VARIANTS.items():
         if variant.device != "cpu" or name in (SPMM.name, DEPTHWISE.name):

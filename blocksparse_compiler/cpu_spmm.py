@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,12 @@ class SparseRowsVariant(KernelVariant):
             tile = pixel_tile(height, site, device, row_threads)
             found.append({"pixels": tile.pixels, "row_threads": row_threads})
         return found
+
+    def describe(
+        self, site: Site, pattern: BlockPattern, device: DeviceSpec, config: Mapping[str, Any]
+    ) -> str:
+        height = pattern.block_shape[0]
+        return f"{device.isa}, vectors along pixels, {height} output{'s' * (height > 1)} at a time"
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
         """As `pack_weight`, with empty block rows up to a multiple of 16 output channels."""

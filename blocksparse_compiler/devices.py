@@ -52,7 +52,8 @@ class DeviceSpec(Figures):
         l2_read_over_copy: rate of reading runs of whole lines from L2, over that of a copy. Fitted likewise.
         dense_int8_epilogue_seconds_per_vector: torch's operators on 8-bit integers: scaling, rounding and
             storing a vector of outputs, on one thread, which layers of few input channels do not hide.
-        tile_epilogue_seconds_per_vector: as `epilogue_seconds_per_vector`, by `"<variant>/<bh>x<bw>"` where known.
+        tile_epilogue_seconds_per_vector: as `epilogue_seconds_per_vector`, by `"<variant>/<bh>x<bw>"`, where
+            known.
         efficiency: fraction of peak that kernels reach away from memory limits, by
             `"dense/<geometry>"`, `"dense_bf16/…"` and `"dense_amx/…"` (of those peaks), and
             `"<bh>x<bw>/<geometry>"` (optionally `"<variant>/<bh>x<bw>/…"`); see `cost.geometry` for the
