@@ -24,6 +24,7 @@ from blocksparse_compiler.devices import NUMBERS, DeviceSpec
 from blocksparse_compiler.passes.choose_kernels import find_patterns
 from blocksparse_compiler.passes.find_sites import sites_with_calls
 from blocksparse_compiler.passes.static_values import StaticValues
+from blocksparse_compiler.roofline import dense_instructions
 from blocksparse_compiler.variants import block_shapes
 
 from . import report, zoo
@@ -111,6 +112,17 @@ def figures(device: DeviceSpec) -> dict[str, float]:
     return {name: value for name, value in found.items() if value}
 
 
+def concerns(name: str, layers: Layers, device: DeviceSpec) -> bool:
+    """Whether a figure can have a part in the plan of these layers; fields always may."""
+    if name in NUMBERS:
+        return True
+    sites = [layer.site for layer in layers]
+    kernels = {kernel for layer in layers for kernel, _ in layer.options}
+    kernels |= {dense_instructions(site.dtype, cost.geometry(site), device)[0] for site in sites}
+    head = name.removeprefix(EPILOGUE).partition("/")[0]
+    return head in kernels or head[0].isdigit()  # of tiles on any kernel
+
+
 def rows(
     layers_by_case: Mapping[str, Layers], device: DeviceSpec, error: float, advance: Callable[[], object]
 ) -> Iterator[dict[str, Any]]:
@@ -121,6 +133,8 @@ def rows(
         best = seconds(layers, truth, device)
         for name, value in known.items():
             advance()
+            if not concerns(name, layers, device):
+                continue
             for factor in (1 - error, 1 + error):
                 off = with_figure(device, name, value * factor)
                 wrong = [layer.choice(off) for layer in layers]
