@@ -88,11 +88,11 @@ def call_probes() -> Probes:
     }
 
 
-def dense_probes(spec: DeviceSpec, dtypes: tuple[str, ...] = ("bfloat16", "uint8")) -> Probes:
+def dense_probes(spec: DeviceSpec, dtypes: tuple[str, ...] = ("float32", "bfloat16", "uint8")) -> Probes:
     """A layer for every efficiency of torch's operators, named by the instructions it runs on."""
-    probes = {f"dense/{kind}": Probe(site) for kind, site in LAYERS.items()}
+    probes = {}
     for dtype in dtypes:
-        for kind in LOW_PRECISION:
+        for kind in LAYERS if dtype == "float32" else LOW_PRECISION:
             prefix, _ = roofline.dense_instructions(dtype, kind, spec)
             probes[f"{prefix}/{kind}"] = Probe(replace(LAYERS[kind], dtype=dtype))
     wide = replace(_conv(64, 1, 56, out_channels=256), dtype="uint8")
