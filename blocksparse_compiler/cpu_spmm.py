@@ -7,6 +7,7 @@ is channels-last in memory is channel-major in the cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
