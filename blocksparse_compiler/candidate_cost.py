@@ -20,6 +20,7 @@ from . import (
 from .devices import AnyDevice
 from .errors import OptionError
 from .gpu_devices import GpuSpec
+from .layouts import Layouts
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 from .roofline import Cost, Hints, symbolic, value
@@ -52,16 +53,18 @@ def sparse_cost(
     Args:
         pattern: the kept tiles; or a block shape, for tiles of that `density` spread evenly.
         variant: name of the kernel variant; by default, on GPUs, the best one.
-        config: the kernel's parameters; by default, on GPUs, the best of those that the variant offers.
+        config: the kernel's parameters; by default, on GPUs, the best of those that the variant offers. On
+            CPUs only layouts count.
 
     Raises:
         OptionError: if no such kernel runs on this GPU.
     """
     if not isinstance(device, GpuSpec):
         if variant == cpu_spmm.SPMM.name:
-            return spmm_roofline.sparse_rows_cost(site, pattern, device, density=density)
+            layouts = Layouts.of(config or {})
+            return spmm_roofline.sparse_rows_cost(site, pattern, device, layouts, density=density)
         if variant == depthwise.DEPTHWISE.name:
-            return depthwise.depthwise_cost(site, device)
+            return depthwise.depthwise_cost(site, device, Layouts.of(config or {}))
         if variant == amx_variant.AMX.name:
             return amx_roofline.amx_cost(site, pattern, device, variant, density=density)
         return roofline.sparse_cost(site, pattern, device, variant, density=density)

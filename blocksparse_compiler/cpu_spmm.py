@@ -1,13 +1,12 @@
 """The CPU kernel for scattered weights: vectors along pixels, so that no block needs to fill a vector.
 
-After Elsen, Dukhan, Gale, Simonyan, "Fast Sparse ConvNets" (CVPR 2020), with activations channels-last in
-memory and channel-major in the cache.
+After Elsen, Dukhan, Gale, Simonyan, "Fast Sparse ConvNets" (CVPR 2020), on activations in either layout: what
+is channels-last in memory is channel-major in the cache.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .devices import DeviceSpec
 from .kernel_variant import KernelVariant, Parameters, output_pixels
+from .layouts import CHANNELS_LAST, Layouts
 from .packing import PackedWeight, pack_weight
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
@@ -26,18 +26,6 @@ HEIGHTS = (1, 2, 4)
 """Output channels that share the loads of a column."""
 
 BLOCK_SHAPES: tuple[BlockShape, ...] = tuple((height, 1) for height in HEIGHTS)
-
-
-CHANNELS_FIRST = "channels_first"
-"""Value of the parameters `reads` and `writes`, for contiguous `[N, C, H, W]`; channels last without them."""
-
-
-def reads_first(parameters: Mapping[str, int | str]) -> bool:
-    return parameters.get("reads") == CHANNELS_FIRST
-
-
-def writes_first(parameters: Mapping[str, int | str]) -> bool:
-    return parameters.get("writes") == CHANNELS_FIRST
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,18 @@ def pixel_tiles(height: int, lanes: int, registers: int) -> list[PixelTile]:
     return [PixelTile(vectors, lanes) for vectors in range(unit, max(unit, min(most, 8 * unit)) + 1, unit)]
 
 
-def pixel_tile(height: int, site: Site, device: DeviceSpec, row_threads: int = 1) -> PixelTile:
+def pixel_grid(site: Site, layouts: Layouts) -> tuple[int, int] | None:
+    """Images, and pixels of each; channels-last images follow each other as one. None for symbolic sizes."""
+    pixels = output_pixels(site)
+    if pixels is None or layouts == CHANNELS_LAST:
+        return None if pixels is None else (1, pixels)
+    images = int(site.input_shape[0])
+    return images, pixels // max(1, images)
+
+
+def pixel_tile(
+    height: int, site: Site, device: DeviceSpec, row_threads: int = 1, layouts: Layouts = CHANNELS_LAST
+) -> PixelTile:
     """The tile that costs the busiest thread least, or a smaller one that costs little more; the largest for
     an unknown number of pixels.
 
@@ -70,18 +69,54 @@ def pixel_tile(height: int, site: Site, device: DeviceSpec, row_threads: int = 1
     again that the panel of inputs has no room for in L1. Higher blocks fetch less often.
     """
     tiles = pixel_tiles(height, device.vector_lanes, device.vector_registers)
-    pixels = output_pixels(site)
-    if pixels is None:
+    grid = pixel_grid(site, layouts)
+    if grid is None:
         return tiles[-1]
+    images, pixels = grid
     parts = max(1, device.threads // row_threads)
 
     def work(tile: PixelTile) -> float:
-        turns = -(-max(1, pixels) // tile.pixels)
+        turns = images * -(-max(1, pixels) // tile.pixels)
         missing = max(0.0, 1 - device.l1_bytes_per_thread / (4 * site.in_channels * tile.pixels))
         return -(-turns // parts) * (1.1 + tile.vectors * (1 + missing / height))
 
     limit = 1.08 * min(map(work, tiles))
     return next(tile for tile in tiles if work(tile) <= limit)
+
+
+def split_rows(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST) -> int:
+    """Threads that share output channels.
+
+    All of them where too few pixels are left for each otherwise, or where the rows of pixels that they write
+    would share cache lines: two threads that write one line in turn wait for it.
+    """
+    grid = pixel_grid(site, layouts)
+    if grid is None:
+        return 1
+    images, pixels = grid
+    shared = layouts.writes_first and pixels % device.vector_lanes > 0 and images < device.threads
+    return device.threads if shared or images * pixels < 64 * device.threads else 1
+
+
+def straddles(site: Site, device: DeviceSpec, layouts: Layouts) -> bool:
+    """Whether the kernel reads rows of pixels that start anywhere, so that vectors straddle cache lines.
+
+    Strided convolutions read single pixels.
+    """
+    grid = None if any(s != 1 for s in site.stride) else pixel_grid(site, layouts)
+    return grid is not None and layouts.reads_first and grid[1] % device.vector_lanes > 0
+
+
+def wants_panel(site: Site, blocks: float, device: DeviceSpec, row_threads: int, layouts: Layouts) -> bool:
+    """Whether to copy the rows of a channels-first tile side by side first: if they straddle cache
+    lines and enough of the nonzero `blocks` read each of them.
+
+    To copy a row costs as much as about 8 such reads, or 2 of a small image, where rows lie side by side.
+    """
+    if not straddles(site, device, layouts):
+        return False
+    pixels = math.prod(int(size) for size in site.output_spatial)
+    return blocks / row_threads / site.in_channels >= (2 if pixels < 64 else 8)
 
 
 @dataclass(frozen=True)
@@ -95,17 +130,27 @@ class SparseRowsVariant(KernelVariant):
         return None
 
     def _unsupported_site(self, site: Site, pattern: BlockPattern) -> str | None:
-        if math.prod(site.kernel_size) != 1 or any(s != 1 for s in site.stride):
-            return "runs 1x1 convolutions of stride 1 only"
+        if math.prod(site.kernel_size) != 1:
+            return "runs 1x1 convolutions only"
         return "no kernel for padded 1x1 convolutions" if any(map(any, site.padding)) else None
 
-    def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
-        """`row_threads`: threads that share the output channels of the same pixels; `pixels`: of a tile."""
+    def configs(
+        self, site: Site, pattern: BlockPattern, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST
+    ) -> list[Parameters]:
+        """`row_threads`: threads that share the output channels of the same pixels; `pixels`: of a tile;
+        `panel`: whether channels-first rows of a tile are copied side by side."""
         height = pattern.block_shape[0]
         found: list[Parameters] = []
-        for row_threads in dict.fromkeys((split_rows(site, device), device.threads, 1)):
-            tile = pixel_tile(height, site, device, row_threads)
-            found.append({"pixels": tile.pixels, "row_threads": row_threads})
+        for row_threads in dict.fromkeys((split_rows(site, device, layouts), device.threads, 1)):
+            tile = pixel_tile(height, site, device, row_threads, layouts)
+            config: Parameters = {"pixels": tile.pixels, "row_threads": row_threads, **layouts.parameters}
+            if wants_panel(site, pattern.num_kept, device, row_threads, layouts):
+                config["panel"] = 1
+            elif straddles(site, device, layouts):  # the fewer vectors in a row, the more lines for each
+                config["pixels"] = pixel_tiles(height, device.vector_lanes, device.vector_registers)[
+                    -1
+                ].pixels
+            found.append(config)
         return found
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
@@ -115,12 +160,6 @@ class SparseRowsVariant(KernelVariant):
         per_group = SIDE // pattern.block_shape[0]
         end = packed.row_ptr[:, -1:].expand(1, -rows % per_group)
         return packed._replace(row_ptr=torch.cat([packed.row_ptr, end], 1).contiguous())
-
-
-def split_rows(site: Site, device: DeviceSpec) -> int:
-    """Threads that share output channels: all of them where too few pixels are left for each otherwise."""
-    pixels = output_pixels(site)
-    return device.threads if pixels is not None and pixels < 64 * device.threads else 1
 
 
 SPMM = SparseRowsVariant(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .devices import DeviceSpec
 from .kernel_variant import KernelVariant, Parameters
+from .layouts import CHANNELS_LAST, Layouts
 from .packing import PackedWeight
 from .pattern import BlockPattern
 from .plan import Site
@@ -25,6 +26,10 @@ LARGEST_FILTER = 49
 
 RATE = 0.55
 """Of peak, with rows of 7 pixels and more; fitted to MobileNets. A device's `efficiency` may know better."""
+
+STRIDED, IN_PARTS = 4.0, 3.5
+"""Time of a channels-first vector of every second input, and of one of several in a row, over that of a
+vector that is a whole row of neighbours; measured on Zen 5."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,13 @@ def depthwise_pattern(site: Site) -> list[BlockPattern]:
     return [] if DEPTHWISE.unsupported(site, pattern) else [pattern]
 
 
-def depthwise_cost(site: Site, device: DeviceSpec) -> Cost:
-    """A depthwise layer on `DEPTHWISE`."""
+def depthwise_cost(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST) -> Cost:
+    """A depthwise layer on `DEPTHWISE`: vectors run along channels, or along rows if those lie first."""
     taps = math.prod(site.kernel_size)
     flops = 2 * positions(site) * site.out_channels * taps * inside_fraction(site)
     traffic = activation_bytes(site) + 4 * site.out_channels * taps
-    lanes = device.vector_lanes
+    waste = _row_waste(site, device) if layouts.reads_first else _channel_waste(site, device)
     rate = device.efficiency.get(DEPTHWISE.name, RATE)
-    waste = -(-site.in_channels // lanes) * lanes / site.in_channels
     return Cost(
         flops,
         traffic,
@@ -79,3 +83,18 @@ def depthwise_cost(site: Site, device: DeviceSpec) -> Cost:
         memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
     )
+
+
+def _channel_waste(site: Site, device: DeviceSpec) -> float:
+    """Lanes computed over lanes filled, along channels."""
+    lanes = device.vector_lanes
+    return -(-site.in_channels // lanes) * lanes / site.in_channels
+
+
+def _row_waste(site: Site, device: DeviceSpec) -> float:
+    """The same along output rows, half vectors serving the shortest; and what else takes time there."""
+    width = int(site.output_spatial[-1])
+    lanes = min(device.vector_lanes, 8 if width <= 8 else 16)
+    filled = -(-width // lanes) * lanes / width
+    slower = (IN_PARTS if width > lanes else 1) * (STRIDED if site.stride[-1] > 1 else 1)
+    return filled * device.vector_lanes / lanes * slower

@@ -17,7 +17,16 @@ from .errors import OptionError
 from .gpu_devices import GpuSpec
 from .pattern import BlockShape
 from .plan import DENSE, Decision, Plan
-from .tables import PLAIN_WIDTH, Totals, plan_table, render_plan, shape_label, sparse_estimate
+from .tables import (
+    PLAIN_WIDTH,
+    Totals,
+    has_regions,
+    layout_label,
+    plan_table,
+    render_plan,
+    shape_label,
+    sparse_estimate,
+)
 
 
 class Explanation:
@@ -88,6 +97,7 @@ class Explanation:
         return environment.get_template("explanation.html").render(
             title=self.title,
             totals=self.totals,
+            regions=has_regions(self.plan),
             rows=[_html_row(decision, slowest) for decision in self.plan],
             kernels=self.__dict__.get("kernels", {}),
         )
@@ -163,6 +173,7 @@ def _html_row(decision: Decision, slowest: float) -> dict[str, Any]:
         "kept": f"{decision.density:.0%}" if decision.pattern else "",
         "block": "x".join(map(str, decision.pattern.block_shape)) if decision.pattern else "",
         "kernel": decision.kernel,
+        "layout": layout_label(decision),
         "is_dense": decision.is_dense,
         "dense_time": format_seconds(dense) if dense else "",
         "sparse_time": format_seconds(sparse) if sparse else "",

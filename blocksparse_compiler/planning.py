@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from .devices import AnyDevice
 from .devices import device as find_device
 from .passes.choose_kernels import choose_kernels
+from .passes.choose_layouts import choose_layouts
 from .passes.choose_training import choose_training
 from .passes.fixed_weights import FixedWeights
 from .passes.fold_batch_norm import fold_batch_norm
@@ -44,7 +45,8 @@ def plan(
     fold_constants(copied)
     fold_batch_norm(copied)
     permute_channels(copied)
-    return choose_kernels(copied, spec, block_shape=block_shape, allow_dense=allow_dense, hints=hints)
+    chosen = choose_kernels(copied, spec, block_shape=block_shape, allow_dense=allow_dense, hints=hints)
+    return choose_layouts(copied, chosen, spec, hints=hints)
 
 
 def plan_training(

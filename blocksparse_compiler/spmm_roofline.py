@@ -1,7 +1,8 @@
 """What the CPU kernel for scattered weights costs (`cpu_spmm`): nonzeros, and transposing in and out.
 
 A nonzero block costs the dearest of its multiply-adds, its instructions that load, and, where the panel of
-inputs exceeds L1, the bytes that it takes from L2. Higher blocks share the loads and the bytes.
+inputs exceeds L1, the bytes that it takes from L2. Higher blocks share the loads and the bytes. A side of the
+layer that lies channels first is not transposed; its pixel tiles then end with each image.
 """
 
 from __future__ import annotations
@@ -10,39 +11,63 @@ import sympy
 
 from . import cpu_spmm
 from .devices import DeviceSpec
+from .layouts import CHANNELS_LAST, Layouts
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
-from .roofline import Cost, activation_bytes, memory_seconds, positions, weight_elements
+from .roofline import Cost, activation_bytes, memory_seconds, positions, symbolic, weight_elements
 
 MULTIPLY_RATE = 0.8
 """Of peak, with everything in registers and L1; a device's `efficiency` may know better."""
+
+_COPY = 0.5
+"""Of a transpose: to copy rows of pixels that start anywhere side by side, or to read them as they lie."""
+
+OTHER_CORE_BYTES_PER_SECOND = 10e9
+"""At which a thread takes what lies in the cache of another core; seen in MobileNet-v2 on Zen 5."""
 
 _BYTES, _INDEX_BYTES = 4, 4
 
 
 def sparse_rows_cost(
-    site: Site, pattern: BlockPattern | BlockShape, device: DeviceSpec, *, density: float = 1.0
+    site: Site,
+    pattern: BlockPattern | BlockShape,
+    device: DeviceSpec,
+    layouts: Layouts = CHANNELS_LAST,
+    *,
+    density: float = 1.0,
 ) -> Cost:
-    """A pointwise or linear layer on `cpu_f32_spmm`; arguments as those of `roofline.sparse_cost`."""
+    """A pointwise or linear layer on `cpu_f32_spmm`; other arguments as those of `roofline.sparse_cost`."""
     if isinstance(pattern, BlockPattern):
         height, blocks = pattern.block_shape[0], float(pattern.num_kept)
     else:
         height, blocks = pattern[0], density * weight_elements(site) / pattern[0]
-    row_threads = cpu_spmm.split_rows(site, device)
-    tile = cpu_spmm.pixel_tile(height, site, device, row_threads)
-    panels = sympy.ceiling(positions(site) / tile.pixels)
+    row_threads = cpu_spmm.split_rows(site, device, layouts)
+    tile = cpu_spmm.pixel_tile(height, site, device, row_threads, layouts)
+    images = symbolic(site.input_shape[0]) if layouts != CHANNELS_LAST else sympy.Integer(1)
+    panels = images * sympy.ceiling(positions(site) / images / tile.pixels)
     turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
-    tiles = (site.in_channels + site.out_channels / row_threads) / cpu_spmm.SIDE * tile.pixels / cpu_spmm.SIDE
+    rows = site.in_channels * float(not layouts.reads_first)
+    rows += site.in_channels * _COPY * cpu_spmm.straddles(site, device, layouts)
+    rows += site.out_channels / row_threads * (not layouts.writes_first)
+    transposes = rows * tile.pixels / device.vector_lanes * device.transpose_seconds_per_vector
     panel = blocks / row_threads * _block_seconds(site, height, tile, device)
-    panel += tiles * cpu_spmm.SIDE**2 / device.vector_lanes * device.transpose_seconds_per_vector
     traffic = activation_bytes(site) + blocks * (_BYTES * height + _INDEX_BYTES)
     return Cost(
         2 * positions(site) * blocks * height,
         traffic,
         turns * panel,
         memory_seconds(traffic, device),
-        sympy.Float(device.sparse_call_seconds),
+        # transposes wait for what they read
+        device.sparse_call_seconds + turns * transposes + _exchange_seconds(site, device, row_threads),
     )
+
+
+def _exchange_seconds(site: Site, device: DeviceSpec, row_threads: int) -> sympy.Expr:
+    """Where threads share out channels for the sake of a layout, but pixels in the layers around."""
+    if row_threads == cpu_spmm.split_rows(site, device):
+        return sympy.S.Zero
+    others = _BYTES * positions(site) * (site.in_channels + site.out_channels) * (1 - 1 / row_threads)
+    return others / OTHER_CORE_BYTES_PER_SECOND
 
 
 def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: DeviceSpec) -> float:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .cost import format_seconds
 from .devices import AnyDevice
+from .layouts import CHANNELS_LAST, Layouts
 from .plan import DENSE, Decision, Plan, Site
 
 PLAIN_WIDTH = 160
@@ -91,6 +92,7 @@ _COLUMNS = (
     _Column("kept", needs=70, right=True),
     _Column("block", needs=70, right=True),
     _Column("kernel", needs=110, ratio=2),
+    _Column("layout", needs=90),
     _Column("dense", needs=130, right=True),
     _Column("sparse", needs=130, right=True),
     _Column("gain", needs=110, right=True),
@@ -101,7 +103,8 @@ _COLUMNS = (
 def plan_table(plan: Plan, *, title: str | None = None, width: int = PLAIN_WIDTH) -> RenderableType:
     """One row per layer, with the columns that `width` characters have room for. `Console.print` it."""
     table = Table(title=title, title_justify="left", caption=str(Totals.of(plan)), caption_justify="left")
-    shown = [column for column in _COLUMNS if column.needs <= width]
+    regions = has_regions(plan)
+    shown = [c for c in _COLUMNS if c.needs <= width and (regions or c.name != "layout")]
     for column in shown:
         table.add_column(
             column.name,
@@ -141,11 +144,22 @@ def _row(decision: Decision) -> tuple[str, ...]:
         f"{decision.density:.0%}" if pattern else "",
         _times(pattern.block_shape) if pattern else "",
         decision.kernel,
+        layout_label(decision),
         format_seconds(dense) if dense else "",
         format_seconds(sparse) if sparse else "",
         f"{gain:.1f}x" if gain else "",
         decision.reason,
     )
+
+
+def has_regions(plan: Plan) -> bool:
+    """Whether any layer reads or writes channels first."""
+    return any(Layouts.of(decision.config) != CHANNELS_LAST for decision in plan)
+
+
+def layout_label(decision: Decision) -> str:
+    """Where the channels lie; nothing for linear layers, which know but one layout."""
+    return str(Layouts.of(decision.config)) if decision.site.kernel_size else ""
 
 
 def _times(sizes: tuple[int | str, ...]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..cpu_spmm import reads_first, writes_first
+from ..layouts import Layouts
 from ..variants import KernelConfig
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
 from .cpu_depthwise_planes import DepthwisePlanesTemplate
@@ -53,10 +53,10 @@ def lower_depthwise(
 
 def is_channels_first(kernel: str) -> bool:
     """Whether the kernel reads and writes channels first; it cannot change from one to the other."""
-    parameters = KernelConfig.decode(kernel).parameters
-    if reads_first(parameters) != writes_first(parameters):
+    layouts = Layouts.of(KernelConfig.decode(kernel).parameters)
+    if layouts.reads_first != layouts.writes_first:
         raise Unsupported("a depthwise kernel that changes the layout")
-    return reads_first(parameters)
+    return layouts.reads_first
 
 
 def _lower_planes(x: Any, operands: list[Any], *geometry: Sequence[int]) -> Any:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..cpu_spmm import PixelTile, pixel_tiles, reads_first, writes_first
+from ..cpu_spmm import PixelTile, pixel_tiles
+from ..layouts import Layouts
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
 from .cpu_spmm_template import PixelGrid, SparseRowsTemplate
 from .inductor_api import ir, lowerings, parallel_num_threads
 from .lowering_errors import Unsupported
-from .tiling import all_static, as_int
+from .tiling import ConvGeometry, Size, all_static, as_int
 from .views import kernel_inputs
 
 if TYPE_CHECKING:
@@ -30,22 +32,35 @@ def lower_scattered_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Any:
-    reads, writes = reads_first(weight.config.parameters), writes_first(weight.config.parameters)
+    layouts = Layouts.of(weight.config.parameters)
+    reads, writes = layouts.reads_first, layouts.writes_first
     to_memory = channels_first_conv if reads else channels_last_conv
     x, conv = to_memory(x, kernel_size, stride, padding, dilation)
     n, (h, w) = as_int(x.get_size()[0]), conv.output_size
-    if not conv.is_flat(1 if reads else n):
-        raise Unsupported("pixels that do not lie evenly spaced")
-    if not (reads or writes):  # rows of images do not matter
-        grid = PixelGrid(1, n * h * w, conv.input_strides[2])
-    elif all_static((h, w)):
-        grid = PixelGrid(n, h * w, conv.input_strides[2], reads, writes)
-    else:
+    if conv.kernel_size != (1, 1) or any(padding):
+        raise Unsupported("taps or borders in a kernel for 1x1 convolutions")
+    if (reads or writes) and not all_static((h, w)):
         raise Unsupported(f"channels-first images of {h}x{w}")
+    # Rows of channels-last images follow each other as one.
+    images, pixels = (n, h * w) if reads or writes else (1, n * h * w)
+    grid = PixelGrid(
+        images,
+        pixels,
+        step=conv.input_strides[2],
+        strides=None if conv.is_flat(1 if reads else n) else _strides(conv),
+        plane=math.prod(conv.input_size) if reads else 0,
+        reads_first=reads,
+        writes_first=writes,
+    )
     if writes:
         return multiply_rows(weight, x, grid, [n, weight.out_channels, h, w])
     out = multiply_rows(weight, x, grid, [n, h, w, weight.out_channels])
     return lowerings[torch.ops.aten.permute.default](out, [0, 3, 1, 2])
+
+
+def _strides(conv: ConvGeometry) -> tuple[Size, ...]:
+    image, row, pixel = conv.input_strides
+    return (*conv.output_size, image, row * conv.stride[0], pixel * conv.stride[1])
 
 
 def multiply_rows(weight: Weight, x: Any, grid: PixelGrid, shape: list[Any]) -> Any:

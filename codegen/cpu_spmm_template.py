@@ -14,7 +14,7 @@ import sympy
 
 from ..cpu_spmm import SIDE, PixelTile
 from .cpu_template import BlockSparseTemplate
-from .epilogue import clamp_natively, unroll
+from .epilogue import clamp_natively, flipped, flipped_index, unroll
 from .tiling import Size, is_static
 
 
@@ -24,13 +24,18 @@ class PixelGrid:
 
     Args:
         images, pixels: images, and pixels of each. Channels-last images may count as one.
-        step: floats between two pixels of channels-last input.
+        step: floats between two pixels of channels-last input, if they lie evenly spaced.
+        strides: otherwise, rows and columns of an output image, and floats between the images, rows and
+            pixels that are read.
+        plane: floats between two channels of channels-first input.
         reads_first, writes_first: whether input and output are channels-first.
     """
 
     images: Size
     pixels: Size
     step: Size = 1
+    strides: tuple[Size, ...] | None = None
+    plane: Size = 0
     reads_first: bool = False
     writes_first: bool = False
 
@@ -87,7 +92,7 @@ class SparseRowsTemplate(BlockSparseTemplate):
         self.grid, self.pixel_tile, self.in_channels = grid, tile, in_channels
         self.block_shape, self.parameters = (height, 1), parameters
         self.flush, self.bias_first = flush, False
-        self.panel = bool(parameters.get("panel", 0))
+        self.panel = not grid.reads_first or grid.strides is not None or bool(parameters.get("panel", 0))
 
     def _matrix_size(self, out: Any) -> tuple[Any, Any]:
         if not self.grid.writes_first:
@@ -111,6 +116,8 @@ class SparseRowsTemplate(BlockSparseTemplate):
             "images": self.grid.images,
             "image_pixels": self.grid.pixels,
             "step": self.grid.step,
+            "strides": self.grid.strides,
+            "plane": self.grid.plane,
             "reads_first": self.grid.reads_first,
             "writes_first": self.grid.writes_first,
         }
@@ -136,7 +143,7 @@ class SparseRowsTemplate(BlockSparseTemplate):
 
     def _tile_kind(self, name: str, condition: str, vectors: int, count: int | str) -> TileKind:
         pixels = vectors * self.pixel_tile.lanes
-        if self.grid.reads_first and not self.panel:
+        if not self.panel:
             return TileKind(name, condition, vectors, pixels, count, self.grid.pixels, int(count))
         return TileKind(name, condition, vectors, pixels, count, pixels, pixels)
 
@@ -156,6 +163,9 @@ class SparseRowsTemplate(BlockSparseTemplate):
             source = kernel.slice_nd(source, [("0", str(rows)), ("0", str(columns))])
         part = [("m_start", f"m_start + {rows}"), ("c_start", f"c_start + {columns}")]
         target, offsets = kernel.slice_nd(matrix, part), ("m_start", "c_start")
+        if rows == 1:
+            target, source, offsets = flipped(target), flipped(source), offsets[::-1]
+            reindexers = [flipped_index(reindex) for reindex in reindexers]
         code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
         return unroll(clamp_natively(code))
 

@@ -139,6 +139,24 @@ def as_matrix(buffer: Any, pixels: Any, channels: Any) -> Any:
     return ir.ReinterpretView(data=buffer, layout=layout)
 
 
+def flipped(matrix: Any) -> Any:
+    """A matrix with its rows as columns, as the same memory.
+
+    Of a tile one row high, Inductor would take the loop over rows for that over columns, and not vectorise.
+    """
+    layout = matrix.get_layout()
+    size, stride = layout.size[::-1], layout.stride[::-1]
+    layout = ir.FixedLayout(layout.device, layout.dtype, size, stride, layout.offset)
+    if isinstance(matrix, ir.ReinterpretView):
+        return ir.ReinterpretView(data=matrix.data, layout=layout)
+    return ir.Buffer(name=matrix.get_name(), layout=layout)
+
+
+def flipped_index(reindex: Callable[[Sequence[Any]], list[Any]]) -> Callable[[Sequence[Any]], list[Any]]:
+    """A `reindexer` for flipped matrices."""
+    return lambda index: reindex(index[::-1])
+
+
 def reindexer(node: Any, pixels: Any, channels: Any) -> Callable[[Sequence[Any]], list[Any]]:
     """Maps `[pixel, channel]` to the index of an epilogue node that lies in memory as that matrix."""
     sizes, strides = node.get_size(), node.get_layout().stride

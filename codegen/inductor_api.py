@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+log = logging.getLogger("blocksparse_compiler")
+
 # ---- the backend's needs ---------------------------------------------------------------------------
 
 
@@ -46,7 +49,7 @@ def compile_fx(gm: GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]
     """Inductor's compiler on a Dynamo-level graph, under these options."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
-    with best_linear_library():
+    with best_linear_library(), _channels_first_regions():
         compiled: Any = inductor_compile_fx(gm, list(inputs), config_patches=dict(config))
     return compiled  # type: ignore[no-any-return]
 
@@ -65,6 +68,26 @@ def best_linear_library() -> contextlib.AbstractContextManager[Any]:
 
     _mkldnn_fusion_init()
     return mock.patch.object(torch.ops.mkldnn, "_is_mkldnn_acl_supported", lambda: True)
+
+
+def _channels_first_regions() -> contextlib.AbstractContextManager[Any]:
+    """Has Inductor leave the regions of our kernels that lie channels first as they are.
+
+    It makes everything around a convolution channels last, and would copy what kernels of ours read.
+    """
+    from .channels_first import channels_first_nodes
+
+    wants_last = getattr(GraphLowering, "find_nodes_prefer_channels_last", None)
+    if wants_last is None:
+        log.info(
+            "this torch has no nodes that prefer channels last: regions of the other layout may be copied"
+        )
+        return contextlib.nullcontext()
+
+    def others(graph: Any) -> Any:
+        return wants_last(graph) - channels_first_nodes(graph.module.graph)
+
+    return mock.patch.object(GraphLowering, "find_nodes_prefer_channels_last", others)
 
 
 @functools.cache
@@ -118,7 +141,8 @@ def cache_key_pass(key: str, config: Mapping[str, Any]) -> CustomGraphPass:
 
 def aoti_compile_and_package(program: Any, path: str, config: Mapping[str, Any]) -> None:
     """Compiles an exported program ahead of time into the package at `path`."""
-    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(config))
+    with _channels_first_regions():
+        torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(config))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ in place and return it.
 
 from .apply_pattern import apply_pattern
 from .choose_kernels import choose_kernels
+from .choose_layouts import choose_layouts
 from .choose_training import choose_training
 from .find_sites import find_sites
 from .fold_batch_norm import fold_batch_norm
@@ -26,6 +27,7 @@ __all__ = [
     "PassContext",
     "apply_pattern",
     "choose_kernels",
+    "choose_layouts",
     "choose_training",
     "find_sites",
     "fold_batch_norm",

@@ -136,6 +136,21 @@ def tensor_meta(node: Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def size_of(size: int | torch.SymInt) -> int | str:
+    """A size as a `Site` has it: a string where it is symbolic."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)
+
+
+def op_name(node: Node) -> str:
+    """What `node` calls, in any dialect: `relu` for `torch.relu`, `aten.relu.default` and `x.relu()`."""
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return name.split(".")[0]
+
+
 def layer_name(node: Node) -> str:
     """The qualified name of the module that `node` came from, or the node's own name."""
     stack = node.meta.get("nn_module_stack")

@@ -10,29 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
-from .calls import LayerCall, NormCall, layer_call, norm_call, tensor_meta
+from .calls import LayerCall, NormCall, layer_call, norm_call, op_name, size_of, tensor_meta
 from .static_values import StaticValues
 
-_POINTWISE = {
+POINTWISE = {
     "relu", "relu6", "hardtanh", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "elu", "selu",
     "celu", "mish", "softplus", "leaky_relu", "clamp", "clamp_min", "clamp_max", "abs", "neg", "exp", "sqrt",
     "rsqrt", "square", "pow", "add", "sub", "mul", "div", "truediv", "iadd", "isub", "imul", "itruediv",
     "maximum", "minimum", "where", "dropout", "feature_dropout", "contiguous", "clone", "detach", "to",
     "float", "half", "bfloat16", "double", "type_as", "_to_copy", "alias", "identity",
 }  # fmt: skip
-_POOLS = {
+POOLS = {
     f"{kind}{dims}d"
     for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "lp_pool")
     for dims in (1, 2, 3)
 } | {"upsample_nearest2d", "upsample_bilinear2d", "interpolate"}
 _RESHAPES = {"reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "_unsafe_view"}
-_MEANS = {"mean", "amax", "sum"}
-_SIZES = {"size", "sym_size", "dim", "numel"}
+MEANS = {"mean", "amax", "sum"}
+SIZES = {"size", "sym_size", "dim", "numel"}
 
 Size = int | str
 
@@ -105,20 +103,20 @@ class ChannelAxes:
     # ---- nodes ------------------------------------------------------------------------------------
 
     def _visit(self, node: Node) -> None:
-        layer, norm, name = layer_call(node), norm_call(node), _name(node)
+        layer, norm, name = layer_call(node), norm_call(node), op_name(node)
         if layer is not None:
             axis = self._layer(layer)
         elif norm is not None:
             axis = self._norm(norm)
         elif name in ("cat", "concat"):
             axis = self._cat(node)
-        elif name in _POINTWISE or name.rstrip("_") in _POINTWISE:
+        elif name in POINTWISE or name.rstrip("_") in POINTWISE:
             axis = self._pointwise(node)
         else:
             axis = self._unmixed(node, name)
         if axis is not None:
             self._axes[node] = axis
-        elif layer is None and name not in _SIZES:
+        elif layer is None and name not in SIZES:
             self._fix(node.all_input_nodes, f"{name} reads them")
 
     def _layer(self, call: LayerCall) -> Axis | None:
@@ -231,9 +229,9 @@ class ChannelAxes:
         if name in _RESHAPES:
             return _reshaped(axis, before, after)
         same = len(after) > axis.dim and before[: axis.dim + 1] == after[: axis.dim + 1]
-        if name in _POOLS or (name in ("pad", "constant_pad_nd") and _pads_behind(node, axis, len(before))):
+        if name in POOLS or (name in ("pad", "constant_pad_nd") and _pads_behind(node, axis, len(before))):
             return axis if same and axis.dim == 1 and axis.inner == 1 and len(before) == len(after) else None
-        if name in _MEANS:
+        if name in MEANS:
             dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             dims = [dims] if isinstance(dims, int) else dims
             behind = isinstance(dims, list | tuple) and all(d % len(before) > axis.dim for d in dims)
@@ -295,10 +293,4 @@ def _sizes(node: Node) -> list[Size]:
     """Sizes that compare without a guard: symbols as text."""
     value = tensor_meta(node)
     assert value is not None
-    return [str(n.node.expr) if isinstance(n, torch.SymInt) else int(n) for n in value.shape]
-
-
-def _name(node: Node) -> str:
-    target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    return name.split(".")[0]
+    return [size_of(n) for n in value.shape]

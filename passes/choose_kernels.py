@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ def choose_kernels(
     hints: Mapping[str, int] | None = None,
     plan: Plan | None = None,
     inductor: Mapping[str, Any] | None = None,
+    spec_of: Callable[[str], AnyDevice] | None = None,
 ) -> Plan:
     """The `Plan` for `gm`.
 
@@ -60,6 +61,7 @@ def choose_kernels(
         hints: values for symbolic sizes; by default those seen while tracing.
         plan: obey these decisions for the layers they name.
         inductor: Inductor's options, some of which change what dense layers and launches cost on a GPU.
+        spec_of: finds the present device of a layer, where none is given.
 
     Raises:
         PlanError: if `plan` would drop nonzero weights or names a kernel that does not exist.
@@ -70,7 +72,7 @@ def choose_kernels(
     given = {d.site.name: d for d in plan} if plan else {}
     decisions: list[Decision] = []
     names: dict[str, None] = {}
-    spec_of = functools.cache(present_device)  # which reads files, or measures
+    spec_of = functools.cache(spec_of or present_device)  # which reads files, or measures
     for call, site in sites_with_calls(gm):
         obstacle = obstacle_here(site) if device is None else None
         if obstacle:

@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..plan import Site
-from .calls import LayerCall, layer_call, layer_name, tensor_meta
+from .calls import LayerCall, layer_call, layer_name, op_name, size_of, tensor_meta
 from .quantized_calls import quantized_call
 
 _POINTWISE = {
@@ -60,7 +60,7 @@ def _site(call: LayerCall) -> Site | None:
         padding=call.padding,
         dilation=call.dilation,
         output_padding=call.output_padding if call.transposed else (),
-        input_shape=tuple(_size(s) for s in x.shape),
+        input_shape=tuple(size_of(s) for s in x.shape),
         dtype=str(quantized.dtype if quantized else out.dtype).removeprefix("torch."),
         device=str(x.device),
         bias=call.bias is not None,
@@ -68,21 +68,12 @@ def _site(call: LayerCall) -> Site | None:
     )
 
 
-def _size(size: int | torch.SymInt) -> int | str:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression) if expression.is_number else str(expression)
-
-
 def _epilogue(node: Node, limit: int = 4) -> tuple[str, ...]:
     """Names of the chain of pointwise ops behind `node`, as far as each has a single user."""
     names: list[str] = []
     while len(node.users) == 1 and len(names) < limit:
         node = next(iter(node.users))
-        target = node.target
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-        name = name.split(".")[0]
+        name = op_name(node)
         if name not in _POINTWISE:
             break
         names.append(name.rstrip("_"))

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ..pattern import BlockPattern, gather_tiles
-from .calls import tensor_meta
+from .calls import op_name, tensor_meta
 from .static_values import NotStatic, StaticValues, is_pure
 from .writes import written_nodes
 
@@ -131,7 +131,7 @@ class FixedWeights:
             if node in self._trained:
                 found[node] = None
             elif not self._constants.is_static(node):
-                if not is_pure(node) or node in self._written or _name(node) not in _POLYNOMIAL:
+                if not is_pure(node) or node in self._written or op_name(node) not in _POLYNOMIAL:
                     return None
                 pending += [n for n in _operands(node) if n not in seen]
                 seen.update(_operands(node))
@@ -143,7 +143,7 @@ class FixedWeights:
         while pending:
             node = pending.pop()
             if node not in self._trained:
-                found += [node] if _name(node) == _ANCHOR else []
+                found += [node] if op_name(node) == _ANCHOR else []
                 pending += _operands(node)
         return found
 
@@ -169,19 +169,13 @@ def _on(like: Tensor, value: Tensor) -> Tensor:
     return value.to(like.device, like.dtype)
 
 
-def _name(node: Node) -> str:
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name.split(".")[0]
-
-
 def _operands(node: Node) -> list[Node]:
     """The nodes that a value depends on."""
-    return [node.args[0]] if _name(node) == _ANCHOR else node.all_input_nodes  # type: ignore[list-item]
+    return [node.args[0]] if op_name(node) == _ANCHOR else node.all_input_nodes  # type: ignore[list-item]
 
 
 def _run(node: Node, values: Mapping[Node, Any]) -> Any:
-    if _name(node) == _ANCHOR:
+    if op_name(node) == _ANCHOR:
         return values[node.args[0]]  # type: ignore[index]
     args: Any = map_arg(node.args, lambda n: values[n])
     kwargs: Any = map_arg(node.kwargs, lambda n: values[n])

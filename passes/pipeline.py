@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +12,12 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..devices import AnyDevice
+from ..devices import device as present_device
+from ..layouts import CHANNELS_LAST, Layouts
 from ..pattern import BlockShape
 from ..plan import Plan
 from .choose_kernels import choose_kernels
+from .choose_layouts import choose_layouts
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .lower_quantized import lower_quantized
@@ -36,6 +40,7 @@ class PassContext:
     given_plan: Plan | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     tune: Callable[[GraphModule, Plan], Plan] | None = None
+    spec_of: Callable[[str], AnyDevice] = field(default_factory=lambda: functools.cache(present_device))
     plan: Plan = field(default_factory=Plan)
     on_pass: Callable[[str, GraphModule, int], None] | None = None
 
@@ -48,10 +53,17 @@ def _choose(gm: GraphModule, context: PassContext) -> int:
         allow_dense=context.allow_dense,
         plan=context.given_plan,
         inductor=context.inductor,
+        spec_of=context.spec_of,
     )
     if context.tune is not None and context.given_plan is None:
         context.plan = context.tune(gm, context.plan)
     return sum(not decision.is_dense for decision in context.plan)
+
+
+def _choose_layouts(gm: GraphModule, context: PassContext) -> int:
+    if context.given_plan is None:  # whose layouts are obeyed
+        context.plan = choose_layouts(gm, context.plan, context.device, spec_of=context.spec_of)
+    return sum(Layouts.of(decision.config) != CHANNELS_LAST for decision in context.plan)
 
 
 PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
@@ -59,6 +71,7 @@ PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
     ("fold_batch_norm", lambda gm, _: fold_batch_norm(gm)),
     ("permute_channels", lambda gm, _: permute_channels(gm)),
     ("choose_kernels", _choose),
+    ("choose_layouts", _choose_layouts),
     ("lower_quantized", lambda gm, context: lower_quantized(gm, context.plan)),
     ("lower_sites", lambda gm, context: lower_sites(gm, context.plan)),
 )

@@ -55,23 +55,42 @@ BLOCK_SPARSE_INLINE void transpose(const float* from, int64_t from_stride, float
 }
 #endif
 
-// panel[channel][PIXELS] of `count` pixels, `step` floats apart; zeros beyond them.
-template <int64_t PIXELS, int64_t CHANNELS>
-inline void fill_panel(float* panel, const float* x, int64_t step, int64_t count) {
+// Where output pixels find their inputs, in floats: rows and pixels that a strided convolution reads.
+struct Strides {
+  int64_t rows, columns;  // of an output image
+  int64_t image, row, pixel;
+};
+
+// offset[i] of output pixel `first` + i, counted over all images.
+BLOCK_SPARSE_INLINE void find_pixels(int64_t* offset, int64_t first, int64_t count, const Strides& s) {
+  int64_t column = first % s.columns, row = first / s.columns % s.rows, image = first / s.columns / s.rows;
+  for (int64_t i = 0; i < count; ++i) {
+    offset[i] = image * s.image + row * s.row + column * s.pixel;
+    if (++column < s.columns) continue;
+    column = 0;
+    if (++row < s.rows) continue;
+    row = 0;
+    ++image;
+  }
+}
+
+// panel[channel][PIXELS] of `count` pixels, channels last; zeros beyond them. Pixel p starts at pixel(p); `step`
+// floats lie between two, or it is 0 and they lie anywhere.
+template <int64_t PIXELS, int64_t CHANNELS, class Pixel>
+inline void fill_panel(float* panel, const Pixel& pixel, int64_t step, int64_t count) {
   alignas(64) float edge[SIDE * SIDE];
   for (int64_t p = 0; p < PIXELS; p += SIDE) {
     const int64_t rows = std::max<int64_t>(0, std::min(SIDE, count - p));
     // The last channels move left to stay inside, and some are written twice.
     for (int64_t first = 0; first < CHANNELS; first += SIDE) {
       const int64_t c = std::max<int64_t>(0, std::min(first, CHANNELS - SIDE));
-      if (rows == SIDE && CHANNELS >= SIDE) {
-        transpose(x + p * step + c, step, panel + c * PIXELS + p, PIXELS);
+      if (step && rows == SIDE && CHANNELS >= SIDE) {
+        transpose(pixel(p) + c, step, panel + c * PIXELS + p, PIXELS);
         continue;
       }
       constexpr int64_t WIDTH = std::min(SIDE, CHANNELS);
-      std::fill(edge, edge + SIDE * SIDE, 0.0f);
-      for (int64_t i = 0; i < rows; ++i)
-        std::copy(x + (p + i) * step + c, x + (p + i) * step + c + WIDTH, edge + i * SIDE);
+      if (rows < SIDE || WIDTH < SIDE) std::fill(edge, edge + SIDE * SIDE, 0.0f);
+      for (int64_t i = 0; i < rows; ++i) std::copy(pixel(p + i) + c, pixel(p + i) + c + WIDTH, edge + i * SIDE);
       if (WIDTH == SIDE) {
         transpose(edge, SIDE, panel + c * PIXELS + p, PIXELS);
       } else {
@@ -79,6 +98,17 @@ inline void fill_panel(float* panel, const float* x, int64_t step, int64_t count
           for (int64_t i = 0; i < SIDE; ++i) panel[(c + j) * PIXELS + p + i] = edge[i * SIDE + j];
       }
     }
+  }
+}
+
+// The same, channels first: channels lie `stride` floats apart, and pixel p of each `offset[p]` behind its start.
+template <int64_t PIXELS>
+inline void gather_panel(
+    float* panel, const float* x, const int64_t* offset, int64_t count, int64_t stride, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c, x += stride, panel += PIXELS) {
+#pragma GCC unroll 8
+    for (int64_t p = 0; p < count; ++p) panel[p] = x[offset[p]];
+    std::fill(panel + count, panel + PIXELS, 0.0f);
   }
 }
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import blocksparse_compiler as bsc
 from blocksparse_compiler import BlockPattern, Plan, cost, trace
-from blocksparse_compiler.cpu_spmm import CHANNELS_FIRST
 from blocksparse_compiler.depthwise import DEPTHWISE, depthwise_pattern
 from blocksparse_compiler.errors import PlanError
+from blocksparse_compiler.kernel_variant import KernelConfig
+from blocksparse_compiler.layouts import CHANNELS_FIRST
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -36,7 +37,7 @@ class Case:
     bias: bool = True
 
 
-FIRST = f"{DEPTHWISE.name};reads={CHANNELS_FIRST};writes={CHANNELS_FIRST}"
+FIRST = KernelConfig(DEPTHWISE.name, CHANNELS_FIRST.parameters).encode()
 
 
 class Layer(nn.Module):

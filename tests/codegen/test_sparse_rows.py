@@ -22,8 +22,9 @@ from torch.nn import functional
 import blocksparse_compiler as bsc
 from blocksparse_compiler import BlockPattern, cost, trace
 from blocksparse_compiler.backend import compiled_graphs
-from blocksparse_compiler.cpu_spmm import CHANNELS_FIRST, HEIGHTS, SPMM, pixel_tile, pixel_tiles
+from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM, pixel_tile, pixel_tiles
 from blocksparse_compiler.depthwise import DEPTHWISE
+from blocksparse_compiler.layouts import CHANNELS_FIRST, FIRST, Layouts
 from blocksparse_compiler.packing import unpack_weight
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 
@@ -37,7 +38,7 @@ LAYOUTS = [(), ("reads",), ("writes",), ("reads", "writes")]
 def rows(shape, out_channels, height=1, first=(), parameters=None, **kwargs) -> Case:
     kernel_size = (1,) * (len(shape) - 2)
     fields = {"density": 0.2, "kernel_size": kernel_size, "block": (height, 1), **kwargs}
-    parameters = {**(parameters or {}), **dict.fromkeys(first, CHANNELS_FIRST)}
+    parameters = {**(parameters or {}), **dict.fromkeys(first, FIRST)}
     last = "writes" not in first
     return Case(shape, out_channels, variant=SPMM.name, parameters=parameters, channels_last=last, **fields)
 
@@ -71,6 +72,10 @@ TRICKY = [
     rows((3, 20, 1, 1), 9, 1, LAYOUTS[3]),
     rows((2, 9, 33), 40, 4, LAYOUTS[3]),
     rows((1, 16, 4, 4), 16, 1, LAYOUTS[3], density=0.0),
+    # Strided: rows of several tiles and of a part of one, images that share a tile.
+    *(rows((3, 37, 9, 13), 30, 2, first, stride=(2, 2)) for first in LAYOUTS),
+    rows((2, 37, 5, 70), 20, 4, LAYOUTS[0], stride=(3, 1), parameters={"row_threads": 2}),
+    rows((2, 20, 33), 18, 1, LAYOUTS[3], stride=(2,)),
 ]
 
 
@@ -126,6 +131,7 @@ def cases(draw):
         draw(st.sampled_from(HEIGHTS)),
         first,
         parameters,
+        stride=tuple(draw(st.integers(1, 2)) for _ in image),
         bias=draw(st.booleans()),
         density=draw(st.sampled_from([0.05, 0.3, 1.0])),
         seed=draw(st.integers(0, 2**16)),
@@ -242,6 +248,28 @@ def test_single_weights_of_many_channels_keep_their_panel_in_l1():
     assert pixel_tile(4, wide, FIXED).pixels > pixel_tile(1, wide, FIXED).pixels
 
 
+def test_threads_share_no_line_of_channels_first_output():
+    def row_threads(size, batch=1, layouts=CHANNELS_FIRST):
+        site = conv_site(384, 64, kernel=1, size=size, batch=batch)
+        return SPMM.configs(site, _full((384, 64, 1, 1)), FIXED, layouts)[0]["row_threads"]
+
+    assert row_threads(14) == FIXED.threads > 1
+    assert row_threads(28) == row_threads(14, batch=8) == row_threads(14, layouts=Layouts(True, False)) == 1
+
+
+def test_rows_that_many_weights_read_are_copied_side_by_side():
+    def panel(size, in_channels, out_channels, density):
+        torch.manual_seed(0)
+        pattern = _full((out_channels, in_channels, 1, 1))
+        pattern = pattern.with_kept(torch.rand(pattern.grid_shape) < density)
+        site = conv_site(out_channels, in_channels, kernel=1, size=size, batch=1)
+        return SPMM.configs(site, pattern, FIXED, CHANNELS_FIRST)[0].get("panel", 0)
+
+    assert panel(14, 64, 384, 0.15) == 1 and panel(14, 384, 96, 0.15) == 0
+    assert panel(28, 64, 384, 0.15) == 0, "aligned rows are read where they lie"
+    assert panel(7, 384, 96, 0.15) == 1, "a whole image is one run of memory"
+
+
 @pytest.mark.parametrize(
     "site, block, reason",
     [
@@ -250,7 +278,7 @@ def test_single_weights_of_many_channels_keep_their_panel_in_l1():
         (conv_site(kernel=1), (3, 1), "blocks of 1x1"),
         (conv_site(kernel=1), (4, 4), "blocks of 1x1"),
         (conv_site(kernel=3), (1, 1), "1x1 convolutions"),
-        (conv_site(kernel=1, stride=(2, 2)), (1, 1), "stride 1"),
+        (conv_site(kernel=1, stride=(2, 2)), (1, 1), None),
         (conv_site(kernel=1, padding=((1, 1), (0, 0))), (1, 1), "padded"),
     ],
 )
