@@ -98,4 +98,4 @@ class DepthwisePlanesTemplate(BlockSparseTemplate):
         if width <= self.lanes or width % self.lanes == 0:
             return last
         whole = store_rows(self.lanes)
-        return f"if (tile + 1 < RegisterTile::TILES) {{ {whole} }} else {{ {last} }}"
+        return f"if (tile + 1 < Depthwise::TILES) {{ {whole} }} else {{ {last} }}"

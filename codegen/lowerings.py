@@ -15,20 +15,35 @@ from typing import Any
 import torch
 
 from .. import ops as _ops  # noqa: F401  registers the operators
+from .. import pointwise_depthwise as _pointwise_depthwise  # noqa: F401
 from .. import quantized_ops as _quantized_ops  # noqa: F401
 from .. import training_ops as _training_ops  # noqa: F401
-from . import cpu_depthwise, cpu_gradients, cpu_lowerings
+from . import cpu_depthwise, cpu_gradients, cpu_lowerings, cpu_pointwise_depthwise
 from .inductor_api import fallback_handler, has_triton_package, register_lowering
 from .lowering_errors import Unsupported
 
 log = logging.getLogger(__name__)
+
+_CPU_FAMILIES = {
+    "lower_weight_grad": cpu_gradients,
+    "lower_depthwise": cpu_depthwise,
+    "lower_pointwise_depthwise": cpu_pointwise_depthwise,
+}
 _HERE = Path(__file__).parent
 
 
 @functools.cache
 def register() -> None:
     """Registers the lowerings with Inductor, once."""
-    for name in ("conv", "linear", "depthwise", "quantized_conv", "quantized_linear", "weight_grad"):
+    for name in (
+        "conv",
+        "linear",
+        "depthwise",
+        "pointwise_depthwise",
+        "quantized_conv",
+        "quantized_linear",
+        "weight_grad",
+    ):
         op = getattr(torch.ops.blocksparse, name).default
         register_lowering(op, type_promotion_kind=None)(_lowering(op, f"lower_{name}"))
 
@@ -58,8 +73,8 @@ def _lowering(op: Any, name: str) -> Callable[..., Any]:
 def _family(device_type: str, name: str) -> Any:
     """The module with the lowerings for a device."""
     if device_type == "cpu":
-        return {"lower_weight_grad": cpu_gradients, "lower_depthwise": cpu_depthwise}.get(name, cpu_lowerings)
-    if device_type != "cuda" or name == "lower_depthwise" or name.startswith("lower_quantized"):
+        return _CPU_FAMILIES.get(name, cpu_lowerings)
+    if device_type != "cuda" or name.endswith("depthwise") or name.startswith("lower_quantized"):
         raise Unsupported(f"no kernels for {device_type}")
     if not has_triton_package():
         raise Unsupported("Triton is not installed (pip install triton)")

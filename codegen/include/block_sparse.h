@@ -585,10 +585,10 @@ BLOCK_SPARSE_INLINE Range share(int64_t n, int64_t part, int64_t parts) {
 }
 
 // Block rows [begin, end) of one of `parts` threads, balanced by kept tiles; a row also costs its epilogue,
-// about half a tile. The ranges of all parts cover every row, empty ones too.
+// `row_cost` halves of a tile. The ranges of all parts cover every row, empty ones too.
 BLOCK_SPARSE_INLINE int64_t balanced_boundary(
-    const int32_t* row_ptr, int64_t rows, int64_t taps, int64_t part, int64_t parts) {
-  const auto cost = [&](int64_t r) { return 2 * static_cast<int64_t>(row_ptr[r * taps]) + r; };
+    const int32_t* row_ptr, int64_t rows, int64_t taps, int64_t part, int64_t parts, int64_t row_cost) {
+  const auto cost = [&](int64_t r) { return 2 * static_cast<int64_t>(row_ptr[r * taps]) + row_cost * r; };
   const int64_t target = cost(rows) * part;
   int64_t low = 0, high = part == parts ? 0 : rows;
   while (low < high) {
@@ -603,9 +603,9 @@ BLOCK_SPARSE_INLINE int64_t balanced_boundary(
 }
 
 BLOCK_SPARSE_INLINE Range balanced_rows(
-    const int32_t* row_ptr, int64_t rows, int64_t taps, int64_t part, int64_t parts) {
-  return {balanced_boundary(row_ptr, rows, taps, part, parts),
-          balanced_boundary(row_ptr, rows, taps, part + 1, parts)};
+    const int32_t* row_ptr, int64_t rows, int64_t taps, int64_t part, int64_t parts, int64_t row_cost = 1) {
+  return {balanced_boundary(row_ptr, rows, taps, part, parts, row_cost),
+          balanced_boundary(row_ptr, rows, taps, part + 1, parts, row_cost)};
 }
 
 }  // namespace block_sparse

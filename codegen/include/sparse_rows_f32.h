@@ -134,6 +134,11 @@ struct RowWeights {
   const int32_t* channel;
 };
 
+struct Identity {
+  template <class Value>
+  inline __attribute__((always_inline)) Value operator()(const Value& x) const { return x; }
+};
+
 // HEIGHT output channels by VECTORS vectors of pixels in registers.
 //
 // The pixels of input channel c start at x + c * STRIDE, and COUNT of them may be read.
@@ -183,7 +188,9 @@ struct SparseRows {
     }
   }
 
-  // out[HEIGHT][PIXELS] of all but the last columns; where those begin. Many short sums round less than a long one.
+  // out[HEIGHT][OUT_STRIDE] of all but the last columns; where those begin. Many short sums round less than a
+  // long one.
+  template <int64_t OUT_STRIDE>
   __attribute__((noinline)) static int32_t first_parts(
       float* out, const float* x, const RowWeights& w, int32_t begin, int32_t end) {
     for (bool first = true; end - begin > FLUSH; begin += FLUSH, first = false) {
@@ -192,30 +199,35 @@ struct SparseRows {
 #pragma GCC unroll 256
       for (int i = 0; i < HEIGHT * VECTORS; ++i) {
         const Value sum = sums[i / VECTORS][i % VECTORS];
-        Vec::store(first ? sum : sum + Vec::load(out + i * LANES), out + i * LANES);
+        float* const y = out + i / VECTORS * OUT_STRIDE + i % VECTORS * LANES;
+        Vec::store(first ? sum : sum + Vec::load(y), y);
       }
     }
     return begin;
   }
 
-  // out[HEIGHT][PIXELS] of one block row: its nonzero columns [begin, end), and HEIGHT biases or null.
+  // out[HEIGHT][OUT_STRIDE] of one block row: its nonzero columns [begin, end), and HEIGHT biases or null; and
+  // a function of the sums.
+  template <int64_t OUT_STRIDE = PIXELS, class Activation = Identity>
   BLOCK_SPARSE_INLINE void row(
-      float* out, const float* x, const RowWeights& w, int32_t begin, int32_t end, const float* bias) {
+      float* out, const float* x, const RowWeights& w, int32_t begin, int32_t end, const float* bias,
+      const Activation& activate = {}) {
     const bool in_parts = end - begin > FLUSH;
-    if (in_parts) begin = first_parts(out, x, w, begin, end);
+    if (in_parts) begin = first_parts<OUT_STRIDE>(out, x, w, begin, end);
     Value sums[HEIGHT][VECTORS];
     multiply_all(sums, x, w, begin, end);
     if (in_parts) {
 #pragma GCC unroll 256
       for (int i = 0; i < HEIGHT * VECTORS; ++i) {
         Value& sum = sums[i / VECTORS][i % VECTORS];
-        sum = sum + Vec::load(out + i * LANES);
+        sum = sum + Vec::load(out + i / VECTORS * OUT_STRIDE + i % VECTORS * LANES);
       }
     }
 #pragma GCC unroll 256
     for (int i = 0; i < HEIGHT * VECTORS; ++i) {
       const Value sum = sums[i / VECTORS][i % VECTORS];
-      Vec::store(bias ? sum + Vec::broadcast(bias + i / VECTORS) : sum, out + i * LANES);
+      float* const y = out + i / VECTORS * OUT_STRIDE + i % VECTORS * LANES;
+      Vec::store(activate(bias ? sum + Vec::broadcast(bias + i / VECTORS) : sum), y);
     }
   }
 };
