@@ -27,8 +27,9 @@ LARGEST_FILTER = 49
 RATE = 0.55
 """Of peak, with rows of 7 pixels and more; fitted to MobileNets. A device's `efficiency` may know better."""
 
-STRIDED = 1.5
-"""Time of a vector of every second input along a row, over that of neighbours."""
+STRIDED, IN_PARTS = 4.0, 3.5
+"""Time of a channels-first vector of every second input, and of one of several in a row, over that of a
+vector that is a whole row of neighbours; measured on Zen 5."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def _channel_waste(site: Site, device: DeviceSpec) -> float:
 
 
 def _row_waste(site: Site, device: DeviceSpec) -> float:
-    """The same along output rows; half vectors serve the shortest, and strides gather what they multiply."""
+    """The same along output rows, half vectors serving the shortest; and what else takes time there."""
     width = int(site.output_spatial[-1])
     lanes = min(device.vector_lanes, 8 if width <= 8 else 16)
     filled = -(-width // lanes) * lanes / width
-    return filled * device.vector_lanes / lanes * (1 if site.stride[-1] == 1 else STRIDED)
+    slower = (IN_PARTS if width > lanes else 1) * (STRIDED if site.stride[-1] > 1 else 1)
+    return filled * device.vector_lanes / lanes * slower

@@ -9,12 +9,14 @@ import importlib
 import itertools
 import json
 import operator
+import re
 from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from kernel_cases import compiling
 from layer_cases import FIXED
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from blocksparse_compiler.layouts import CHANNELS_LAST, Layouts
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
 from blocksparse_compiler.passes.choose_layouts import choose_layouts
 from blocksparse_compiler.plan import DENSE
+from blocksparse_compiler.tables import Totals
 
 # The function of this name hides its module.
 MODULE = importlib.import_module("blocksparse_compiler.passes.choose_layouts")
@@ -84,6 +87,7 @@ def test_no_labelling_costs_less(steps, device, size, channels_last):
     with patch.object(MODULE, "MARGIN", 1.0):  # take whatever saves
         after = choose_layouts(gm, before, device)
     reckoning = Reckoning(gm, before, device)
+    assume(reckoning.is_exact())
     chosen = {d.site.node: (d.kernel, Layouts.of(d.config)) for d in after}
     assert reckoning.cheapest(chosen) == pytest.approx(reckoning.cheapest(), rel=1e-9)
     assert reckoning.cheapest() <= reckoning.cheapest(all_last(before)) * (1 + 1e-9)
@@ -123,6 +127,20 @@ class Reckoning:
             first = {self.x: self.x_first, **dict(zip(tensors, labels, strict=True))}
             totals.append(sum(self.seconds(node, first, ways) for node in self.nodes))
         return min(totals)
+
+    def is_exact(self) -> bool:
+        """Whether no layer runs cheaper with different layouts than with equal ones: a cut is exact then."""
+
+        def between(name: str, reads: bool, writes: bool) -> float:
+            copies = (
+                s + self.copy * ((w.reads_first != reads) + (w.writes_first != writes))
+                for (_, w), s in self.ways(self.decisions[name]).items()
+            )
+            return min(copies)
+
+        equal = {n: between(n, False, False) + between(n, True, True) for n in self.decisions}
+        mixed = {n: between(n, False, True) + between(n, True, False) for n in self.decisions}
+        return all(equal[n] <= mixed[n] + 1e-12 for n in self.decisions)
 
     def seconds(self, node, first, ways) -> float:
         if node.op == "output":
@@ -166,6 +184,8 @@ class Reckoning:
 # ---- decisions -----------------------------------------------------------------------------------------
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
+DEAR = dataclasses.replace(FIXED, transpose_seconds_per_vector=4e-9)
+"""A CPU on which transposes decide."""
 
 
 class InvertedResiduals(nn.Module):
@@ -198,7 +218,7 @@ class InvertedResiduals(nn.Module):
 def mobile(pooled: bool = True, **kwargs) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     net = InvertedResiduals(pooled=pooled, **kwargs).eval()
-    return net, torch.randn(1, 3, 56, 56)
+    return net, torch.randn(1, 3, 32, 32)
 
 
 def layouts(plan: Plan) -> dict[str, str]:
@@ -207,22 +227,20 @@ def layouts(plan: Plan) -> dict[str, str]:
 
 def test_a_mobile_network_lies_channels_first_behind_its_stem():
     net, x = mobile()
-    plan = bsc.plan(trace(net, x), FIXED)
+    plan = bsc.plan(trace(net, x), DEAR)
     found = layouts(plan)
     assert found.pop("stem.0") == "last" and found.pop("stem.2") == "last → first"
     assert set(found.values()) == {"first"}
     assert "channels first, as its neighbours: saves" in plan["blocks.1.0"].reason
-    before = choose_kernels(trace(net, x), FIXED)
-    for old, new in zip(before, plan, strict=True):
-        if new.kernel == "cpu_f32_spmm":
-            assert new.estimates[new.kernel] < old.estimates[old.kernel], "transposes are saved"
+    before = choose_kernels(trace(net, x), DEAR)
+    assert Totals.of(plan).chosen < 0.95 * Totals.of(before).chosen, "transposes are saved"
     table = str(plan)
     assert "layout" in table and "last → first" in table
 
 
 def test_dense_networks_are_left_alone():
     net, x = mobile(kept=1.0)
-    plan = bsc.plan(trace(net, x), FIXED)
+    plan = bsc.plan(trace(net, x), DEAR)
     assert not any("reads" in d.config or "writes" in d.config for d in plan)
     assert "layout" not in str(plan)
 
@@ -238,26 +256,26 @@ def test_a_region_that_saves_little_stays_channels_last():
 def test_a_dense_layer_goes_sparse_where_its_neighbours_lie_channels_first():
     net, x = mobile()
     gm = trace(net, x)
-    before = choose_kernels(gm, FIXED)
+    before = choose_kernels(gm, DEAR)
     old = before["blocks.1.0"]
     barely = {**old.estimates, DENSE: 1.01 * old.estimates[old.kernel]}
     dense = dataclasses.replace(old, kernel=DENSE, reason="stays dense: so", config={}, estimates=barely)
     edited = dataclasses.replace(before, decisions=tuple(dense if d is old else d for d in before))
-    new = choose_layouts(gm, edited, FIXED)["blocks.1.0"]
+    new = choose_layouts(gm, edited, DEAR)["blocks.1.0"]
     assert new.kernel == "cpu_f32_spmm" and Layouts.of(new.config) == Layouts(True, True)
-    assert "stays dense" not in new.reason and new.config["pixels"] == old.config["pixels"]
+    assert "stays dense" not in new.reason and "pixels" in new.config
 
 
 def test_measured_layers_keep_their_scale():
     net, x = mobile()
     gm = trace(net, x)
-    before = choose_kernels(gm, FIXED)
+    before = choose_kernels(gm, DEAR)
     double = tuple(
         dataclasses.replace(d, measured=True, estimates={k: 2 * s for k, s in d.estimates.items()})
         for d in before
     )
-    once = choose_layouts(gm, before, FIXED)
-    twice = choose_layouts(gm, dataclasses.replace(before, decisions=double), FIXED)
+    once = choose_layouts(gm, before, DEAR)
+    twice = choose_layouts(gm, dataclasses.replace(before, decisions=double), DEAR)
     for one, two in zip(once, twice, strict=True):
         assert (one.kernel, one.config) == (two.kernel, two.config)
         assert two.estimates[two.kernel] == pytest.approx(2 * one.estimates[one.kernel])
@@ -267,7 +285,7 @@ def test_measured_layers_keep_their_scale():
 @pytest.mark.parametrize("what", ["bf16", "dynamic pixels", "GPU"])
 def test_elsewhere_everything_stays_channels_last(what):
     net, x = mobile()
-    device = FIXED
+    device = DEAR
     if what == "bf16":
         net, x = net.bfloat16(), x.bfloat16()
     if what == "GPU":
@@ -284,7 +302,7 @@ def test_a_dynamic_batch_may_lie_channels_first():
     net, x = mobile()
     batch = {0: torch.export.Dim("n", min=1, max=64)}
     gm = torch.export.export(net, (x.expand(2, -1, -1, -1),), dynamic_shapes=(batch,)).module()
-    assert "first" in layouts(bsc.plan(gm, FIXED)).values()
+    assert "first" in layouts(bsc.plan(gm, DEAR)).values()
 
 
 # ---- compiled ------------------------------------------------------------------------------------------
@@ -297,7 +315,7 @@ def test_compiled_networks_are_right_and_have_the_strides_of_eager(memory_format
     net, x = mobile(pooled)
     x = x.to(memory_format=memory_format)
     net = net.to(memory_format=memory_format)
-    plan = Plan.from_json(json.loads(json.dumps(bsc.plan(trace(net, x), FIXED).to_json())))
+    plan = Plan.from_json(json.loads(json.dumps(bsc.plan(trace(net, x), DEAR).to_json())))
     assert "first" in layouts(plan).values()
     torch._dynamo.reset()
     fast = torch.compile(net, backend="blocksparse", fullgraph=True, options={"plan": plan})
@@ -306,3 +324,34 @@ def test_compiled_networks_are_right_and_have_the_strides_of_eager(memory_format
     assert (out - exact).norm() <= 1.5 * (eager - exact).norm() + 2.0**-21 * exact.norm()
     assert out.stride() == eager.stride()
     assert layouts(compiled_graphs()[-1].plan) == layouts(plan), "a plan that is given is obeyed"
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excite: pooling and the product read the activation, so Inductor materialises it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.project = layer("point", 32, 64), layer("point", 64, 32)
+        self.gate = nn.Conv2d(64, 64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.silu(self.expand(x))
+        return x + self.project(y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
+
+
+@torch.no_grad()
+def test_no_kernel_copies_within_a_region():
+    """What Inductor writes between kernels that lie channels first does so, too."""
+    torch.manual_seed(0)
+    # Inductor knows a dense convolution only by the activation that it fuses.
+    stem = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1), nn.ReLU())
+    net = nn.Sequential(stem, layer("point"), Gated(), Gated(), layer("point")).eval()
+    x = torch.randn(1, 8, 16, 16)
+    plan = bsc.plan(trace(net, x), DEAR)
+    assert layouts(plan)["2.expand"] == layouts(plan)["3.project"] == "first"
+    with compiling(cpp_wrapper=False) as sources:
+        fast = torch.compile(net, backend="blocksparse", fullgraph=True, options={"plan": plan})
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    text = "\n".join(sources)
+    strides = re.findall(r"empty_strided_cpu\(\(1, (?:32|64), 16, 16\), \((.*?)\)", text)
+    assert set(strides) == {"8192, 256, 16, 1", "16384, 256, 16, 1"}
