@@ -28,6 +28,9 @@ _COPY = 0.5
 _GATHER = 4.0
 """Of a transpose: to collect every other pixel of channels-first rows, one by one."""
 
+OTHER_CORE_BYTES_PER_SECOND = 10e9
+"""At which a thread takes what lies in the cache of another core; seen in MobileNet-v2 on Zen 5."""
+
 _BYTES, _INDEX_BYTES = 4, 4
 
 
@@ -62,8 +65,17 @@ def sparse_rows_cost(
         traffic,
         turns * panel,
         memory_seconds(traffic, device),
-        device.sparse_call_seconds + turns * transposes,  # transposes wait for what they read
+        # transposes wait for what they read
+        device.sparse_call_seconds + turns * transposes + _exchange_seconds(site, device, row_threads),
     )
+
+
+def _exchange_seconds(site: Site, device: DeviceSpec, row_threads: int) -> sympy.Expr:
+    """Where threads share out channels for the sake of a layout, but pixels in the layers around."""
+    if row_threads == cpu_spmm.split_rows(site, device):
+        return sympy.S.Zero
+    others = _BYTES * positions(site) * (site.in_channels + site.out_channels) * (1 - 1 / row_threads)
+    return others / OTHER_CORE_BYTES_PER_SECOND
 
 
 def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: DeviceSpec) -> float:

@@ -84,7 +84,7 @@ def _channels_first_regions() -> contextlib.AbstractContextManager[Any]:
         )
         return contextlib.nullcontext()
 
-    def others(graph: GraphLowering) -> Any:
+    def others(graph: Any) -> Any:
         return wants_last(graph) - channels_first_nodes(graph.module.graph)
 
     return mock.patch.object(GraphLowering, "find_nodes_prefer_channels_last", others)

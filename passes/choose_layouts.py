@@ -80,7 +80,7 @@ class _Choice:
         spec_of: Callable[[str], AnyDevice],
         hints: Mapping[str, int],
     ) -> None:
-        self.costs = LabelCosts()
+        self.costs: LabelCosts[Node] = LabelCosts()
         self.hints = hints
         self._is_planned_elsewhere = device is not None
         self._spec = functools.cache(lambda where: device or spec_of(where))
@@ -181,7 +181,9 @@ class _Choice:
         if tensor is None or not self._may_lie_first(node):
             return 0.0
         shape = [int(value(symbolic(size_of(n)), self.hints)) for n in tensor.shape]
-        return copy_seconds(shape, self._spec("cpu"))
+        spec = self._spec("cpu")
+        assert isinstance(spec, DeviceSpec)
+        return copy_seconds(shape, spec)
 
     def _may_lie_first(self, node: Node) -> bool:
         """Whether both layouts are open to a tensor: kernels that run channels first are for such."""

@@ -261,7 +261,7 @@ def test_few_pixels_fill_one_tile():
     few, many = (conv_site(64, 64, kernel=1, size=size, batch=1) for size in (7, 28))
     assert pixel_tile(1, few, FIXED, row_threads=2).pixels == 64
     assert pixel_tile(1, many, FIXED).pixels == 80
-    config = SPMM.configs(few, _full((64, 64, 1, 1)), FIXED)[0]
+    config = SPMM.configs(few, _full((64, 64, 1, 1), (2, 1)), FIXED)[0]
     assert config == {"pixels": 64, "row_threads": 2}
 
 
