@@ -62,7 +62,7 @@ class MixedCase(Case):
         r = 0
         while r < len(kept):
             rows = (1, 2, 4)[int(torch.randint(3, (), generator=random))]
-            kept[r : r + rows] = kept[r]
+            kept[r : r + rows] = kept[r].clone()
             kept[r, 0, 0] = True
             r += rows
         return full.with_kept(kept)
