@@ -63,7 +63,7 @@ class DepthwisePlanesTemplate(BlockSparseTemplate):
             ),
         }
 
-    def _store(
+    def _store(  # type: ignore[override]
         self,
         kernel: Any,
         matrix: Any,

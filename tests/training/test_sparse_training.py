@@ -348,7 +348,7 @@ def test_channels_first_and_eval_after_training():
         torch.testing.assert_close(fast(x), eager(x), rtol=1e-4, atol=1e-4)
     # In inference the trained weights are frozen into kernels again.
     assert not any("forward and backward" in d.reason for d in plans()[-1])
-    assert sum(not d.is_dense for d in plans()[-1]) == 4
+    assert sum(d.is_block_sparse for d in plans()[-1]) == 4
 
 
 def test_a_mask_that_changes_is_noticed():
