@@ -18,7 +18,6 @@ from .layouts import CHANNELS_LAST, Layouts
 from .packing import PackedWeight, pack_weight
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
-from .shared_columns import share_columns
 
 SIDE = 16
 """Pixels and channels of the tiles that are transposed; vectors of pixels fill whole ones."""
@@ -139,10 +138,8 @@ class SparseRowsVariant(KernelVariant):
         self, site: Site, pattern: BlockPattern, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST
     ) -> list[Parameters]:
         """`row_threads`: threads that share the output channels of the same pixels; `pixels`: of a tile;
-        `panel`: whether channels-first rows of a tile are copied side by side; `mixed`: whether the kernel
-        looks for rows that share their columns."""
-        mixed = share_columns(pattern) is not None
-        height = max(HEIGHTS) if mixed else pattern.block_shape[0]
+        `panel`: whether channels-first rows of a tile are copied side by side."""
+        height = pattern.block_shape[0]
         found: list[Parameters] = []
         for row_threads in dict.fromkeys((split_rows(site, device, layouts), device.threads, 1)):
             tile = pixel_tile(height, site, device, row_threads, layouts)
@@ -153,14 +150,11 @@ class SparseRowsVariant(KernelVariant):
                 config["pixels"] = pixel_tiles(height, device.vector_lanes, device.vector_registers)[
                     -1
                 ].pixels
-            found.append({**config, "mixed": 1} if mixed else config)
+            found.append(config)
         return found
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
-        """As `pack_weight`, with empty block rows up to a multiple of 16 output channels, and with the zeros
-        that rows lack to share their columns."""
-        if shared := share_columns(pattern):
-            weight, pattern = pattern.apply(weight), shared.pattern
+        """As `pack_weight`, with empty block rows up to a multiple of 16 output channels."""
         packed = pack_weight(weight, pattern, self.weight_layout)
         rows = packed.row_ptr.shape[1] - 1
         per_group = SIDE // pattern.block_shape[0]

@@ -7,8 +7,6 @@ layer that lies channels first is not transposed; its pixel tiles then end with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import sympy
 
 from . import cpu_spmm
@@ -17,7 +15,6 @@ from .layouts import CHANNELS_LAST, Layouts
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
 from .roofline import Cost, activation_bytes, memory_seconds, positions, symbolic, weight_elements
-from .shared_columns import blocks_by_height
 
 MULTIPLY_RATE = 0.8
 """Of peak, with everything in registers and L1; a device's `efficiency` may know better."""
@@ -44,10 +41,9 @@ def sparse_rows_cost(
 ) -> Cost:
     """A pointwise or linear layer on `cpu_f32_spmm`; other arguments as those of `roofline.sparse_cost`."""
     if isinstance(pattern, BlockPattern):
-        blocks: Mapping[int, float] = blocks_by_height(pattern)
+        height, blocks = pattern.block_shape[0], float(pattern.num_kept)
     else:
-        blocks = {pattern[0]: density * weight_elements(site) / pattern[0]}
-    height = max(blocks)
+        height, blocks = pattern[0], density * weight_elements(site) / pattern[0]
     row_threads = cpu_spmm.split_rows(site, device, layouts)
     tile = cpu_spmm.pixel_tile(height, site, device, row_threads, layouts)
     images = symbolic(site.input_shape[0]) if layouts != CHANNELS_LAST else sympy.Integer(1)
@@ -58,10 +54,10 @@ def sparse_rows_cost(
     rows += site.in_channels * _GATHER * (layouts.reads_first and any(s != 1 for s in site.stride))
     rows += site.out_channels / row_threads * (not layouts.writes_first)
     transposes = rows * tile.pixels / device.vector_lanes * device.transpose_seconds_per_vector
-    panel = sum(n * _block_seconds(site, h, tile, device) for h, n in blocks.items()) / row_threads
-    traffic = activation_bytes(site) + sum(n * (_BYTES * h + _INDEX_BYTES) for h, n in blocks.items())
+    panel = blocks / row_threads * _block_seconds(site, height, tile, device)
+    traffic = activation_bytes(site) + blocks * (_BYTES * height + _INDEX_BYTES)
     return Cost(
-        2 * positions(site) * sum(n * h for h, n in blocks.items()),
+        2 * positions(site) * blocks * height,
         traffic,
         turns * panel,
         memory_seconds(traffic, device),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..cpu_spmm import HEIGHTS, PixelTile, pixel_tiles
+from ..cpu_spmm import PixelTile, pixel_tiles
 from ..layouts import Layouts
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
 from .cpu_spmm_template import PixelGrid, SparseRowsTemplate
@@ -81,9 +81,8 @@ def multiply_rows(weight: Weight, x: Any, grid: PixelGrid, shape: list[Any]) -> 
 
 def _pixel_tile(weight: Weight) -> PixelTile:
     lanes, registers = vectors_of_isa()
-    parameters = weight.config.parameters
-    wanted = parameters.get("pixels")
-    tiles = pixel_tiles(max(HEIGHTS) if parameters.get("mixed") else weight.block_shape[0], lanes, registers)
+    wanted = weight.config.parameters.get("pixels")
+    tiles = pixel_tiles(weight.block_shape[0], lanes, registers)
     return max(
         (t for t in tiles if wanted is None or t.pixels <= int(wanted)),
         key=lambda t: t.pixels,

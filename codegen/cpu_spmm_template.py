@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 
-from ..cpu_spmm import HEIGHTS, SIDE, PixelTile
+from ..cpu_spmm import SIDE, PixelTile
 from .cpu_template import BlockSparseTemplate
 from .epilogue import clamp_natively, flipped, flipped_index, unroll
 from .tiling import Size, is_static
@@ -92,7 +92,6 @@ class SparseRowsTemplate(BlockSparseTemplate):
         self.grid, self.pixel_tile, self.in_channels = grid, tile, in_channels
         self.block_shape, self.parameters = (height, 1), parameters
         self.flush, self.bias_first = flush, False
-        self.mixed = bool(parameters.get("mixed", 0))
         self.panel = not grid.reads_first or grid.strides is not None or bool(parameters.get("panel", 0))
 
     def _matrix_size(self, out: Any) -> tuple[Any, Any]:
@@ -105,8 +104,6 @@ class SparseRowsTemplate(BlockSparseTemplate):
         return {
             "bh": self.block_shape[0],
             "lanes": self.pixel_tile.lanes,
-            "mixed": self.mixed,
-            "heights": sorted(HEIGHTS, reverse=True) if self.mixed else [self.block_shape[0]],
             "tiles": self._tile_kinds(),
             "panel": self.panel,
             "row_threads": max(1, int(self.parameters.get("row_threads", 1))),

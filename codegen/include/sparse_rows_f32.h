@@ -129,39 +129,10 @@ inline void copy_panel(float* panel, const float* x, int64_t stride, int64_t cha
   }
 }
 
-// Weights of block rows: values[nonzero column][HEIGHT].
 struct RowWeights {
-  const float* values;
+  const float* values;  // [nonzero column][HEIGHT]
   const int32_t* channel;
-  template <int HEIGHT>
-  BLOCK_SPARSE_INLINE const float* column(const RowWeights& w, int32_t n) {
-    return w.values + static_cast<int64_t>(n) * HEIGHT;
-  }
-  BLOCK_SPARSE_INLINE int64_t row_step(const RowWeights&) { return 1; }
 };
-
-// Weights of rows that share their `length` nonzero columns, row after row.
-struct SharedRows {
-  const float* values;
-  const int32_t* channel;
-  int64_t length;
-  template <int HEIGHT>
-  BLOCK_SPARSE_INLINE const float* column(const SharedRows& w, int32_t n) {
-    return w.values + n;
-  }
-  BLOCK_SPARSE_INLINE int64_t row_step(const SharedRows& w) { return w.length; }
-};
-
-// How many rows from r on, of those before `end`, have the same columns: 4, 2 or 1.
-BLOCK_SPARSE_INLINE int shared_rows(const int32_t* row_ptr, const int32_t* channel, int64_t r, int64_t end) {
-  const int64_t length = row_ptr[r + 1] - row_ptr[r];
-  const auto same = [&](int64_t i) {
-    return i < end && row_ptr[i + 1] - row_ptr[i] == length &&
-        std::memcmp(channel + row_ptr[i], channel + row_ptr[r], length * sizeof(int32_t)) == 0;
-  };
-  if (!same(r + 1)) return 1;
-  return same(r + 2) && same(r + 3) ? 4 : 2;
-}
 
 struct Identity {
   template <class Value>
@@ -181,11 +152,10 @@ struct SparseRows {
   typedef Value Accumulators[SETS][HEIGHT][VECTORS];
 
   // acc += w * x for one nonzero column of the block row.
-  BLOCK_SPARSE_INLINE void multiply(
-      Value (&acc)[HEIGHT][VECTORS], const float* x, const float* w, int64_t row_step) {
+  BLOCK_SPARSE_INLINE void multiply(Value (&acc)[HEIGHT][VECTORS], const float* x, const float* w) {
     Value wr[HEIGHT];
 #pragma GCC unroll 8
-    for (int r = 0; r < HEIGHT; ++r) wr[r] = Vec::broadcast(w + r * row_step);
+    for (int r = 0; r < HEIGHT; ++r) wr[r] = Vec::broadcast(w + r);
 #pragma GCC unroll 32
     for (int v = 0; v < VECTORS; ++v) {
       const Value xv = load_pixels<LANES, COUNT>(x, v);
@@ -195,9 +165,8 @@ struct SparseRows {
   }
 
   // sums = products of the nonzero columns [begin, end) of a block row.
-  template <class W>
   BLOCK_SPARSE_INLINE void multiply_all(
-      Value (&sums)[HEIGHT][VECTORS], const float* x, const W& w, int32_t begin, int32_t end) {
+      Value (&sums)[HEIGHT][VECTORS], const float* x, const RowWeights& w, int32_t begin, int32_t end) {
     Accumulators acc;
 #pragma GCC unroll 256
     for (int i = 0; i < SETS * HEIGHT * VECTORS; ++i) acc[i / (HEIGHT * VECTORS)][i / VECTORS % HEIGHT][i % VECTORS] = Value{};
@@ -206,11 +175,10 @@ struct SparseRows {
     for (; n + SETS <= end; n += SETS) {
 #pragma GCC unroll 4
       for (int s = 0; s < SETS; ++s)
-        multiply(acc[s], x + w.channel[n + s] * STRIDE, W::template column<HEIGHT>(w, n + s), W::row_step(w));
+        multiply(acc[s], x + w.channel[n + s] * STRIDE, w.values + static_cast<int64_t>(n + s) * HEIGHT);
     }
 #pragma GCC unroll 1
-    for (; n < end; ++n)
-      multiply(acc[0], x + w.channel[n] * STRIDE, W::template column<HEIGHT>(w, n), W::row_step(w));
+    for (; n < end; ++n) multiply(acc[0], x + w.channel[n] * STRIDE, w.values + static_cast<int64_t>(n) * HEIGHT);
 #pragma GCC unroll 256
     for (int i = 0; i < HEIGHT * VECTORS; ++i) {
       Value sum = acc[0][i / VECTORS][i % VECTORS];
@@ -222,9 +190,9 @@ struct SparseRows {
 
   // out[HEIGHT][OUT_STRIDE] of all but the last columns; where those begin. Many short sums round less than a
   // long one.
-  template <int64_t OUT_STRIDE, class W>
+  template <int64_t OUT_STRIDE>
   __attribute__((noinline)) static int32_t first_parts(
-      float* out, const float* x, const W& w, int32_t begin, int32_t end) {
+      float* out, const float* x, const RowWeights& w, int32_t begin, int32_t end) {
     for (bool first = true; end - begin > FLUSH; begin += FLUSH, first = false) {
       Value sums[HEIGHT][VECTORS];
       multiply_all(sums, x, w, begin, begin + FLUSH);
@@ -240,9 +208,9 @@ struct SparseRows {
 
   // out[HEIGHT][OUT_STRIDE] of one block row: its nonzero columns [begin, end), and HEIGHT biases or null; and
   // a function of the sums.
-  template <int64_t OUT_STRIDE = PIXELS, class W, class Activation = Identity>
+  template <int64_t OUT_STRIDE = PIXELS, class Activation = Identity>
   BLOCK_SPARSE_INLINE void row(
-      float* out, const float* x, const W& w, int32_t begin, int32_t end, const float* bias,
+      float* out, const float* x, const RowWeights& w, int32_t begin, int32_t end, const float* bias,
       const Activation& activate = {}) {
     const bool in_parts = end - begin > FLUSH;
     if (in_parts) begin = first_parts<OUT_STRIDE>(out, x, w, begin, end);

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 import subprocess
@@ -28,7 +27,7 @@ from blocksparse_compiler.depthwise import DEPTHWISE
 from blocksparse_compiler.layouts import CHANNELS_FIRST, FIRST, Layouts
 from blocksparse_compiler.packing import unpack_weight
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
-from blocksparse_compiler.shared_columns import share_columns
+from blocksparse_compiler.spmm_roofline import sparse_rows_cost
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -52,25 +51,6 @@ def input_of(case: Case) -> Tensor:
 
 def as_read(x: Tensor) -> Tensor:
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-class MixedCase(Case):
-    """Groups of four rows and of two that share all their columns, or all but one, next to single rows."""
-
-    def pattern(self, full: BlockPattern, random: torch.Generator) -> BlockPattern:
-        kept = super().pattern(full, random).kept
-        r = 0
-        while r < len(kept):
-            rows = (1, 2, 4)[int(torch.randint(3, (), generator=random))]
-            kept[r : r + rows] = kept[r].clone()
-            kept[r, 0, 0] = True
-            r += rows
-        return full.with_kept(kept)
-
-
-def mixed(shape, out_channels, first=(), parameters=None, **kwargs) -> MixedCase:
-    case = rows(shape, out_channels, 1, first, {"mixed": 1, **(parameters or {})}, **kwargs)
-    return MixedCase(**{field.name: getattr(case, field.name) for field in dataclasses.fields(Case)})
 
 
 TRICKY = [
@@ -97,8 +77,6 @@ TRICKY = [
     *(rows((3, 37, 9, 13), 30, 2, first, stride=(2, 2)) for first in LAYOUTS),
     rows((2, 37, 5, 70), 20, 4, LAYOUTS[0], stride=(3, 1), parameters={"row_threads": 2}),
     rows((2, 20, 33), 18, 1, LAYOUTS[3], stride=(2,)),
-    *(mixed((1, 37, 14, 14), 43, first, {"row_threads": 2}) for first in LAYOUTS),
-    mixed((3, 190, 7, 9), 64, LAYOUTS[3], {"panel": 1}, density=0.9, bias=False),
 ]
 
 
@@ -148,12 +126,12 @@ def cases(draw):
     parameters = {"row_threads": draw(st.integers(1, 3)), "panel": draw(st.integers(0, 1))}
     if draw(st.booleans()):
         parameters["pixels"] = draw(st.sampled_from([16, 48, 96]))
-    make = draw(st.sampled_from([*(functools.partial(rows, height=h) for h in HEIGHTS), mixed]))
-    return make(
+    return rows(
         shape,
         max(out_channels, 8),
-        first=first,
-        parameters=parameters,
+        draw(st.sampled_from(HEIGHTS)),
+        first,
+        parameters,
         stride=tuple(draw(st.integers(1, 2)) for _ in image),
         bias=draw(st.booleans()),
         density=draw(st.sampled_from([0.05, 0.3, 1.0])),
@@ -261,7 +239,7 @@ def test_few_pixels_fill_one_tile():
     few, many = (conv_site(64, 64, kernel=1, size=size, batch=1) for size in (7, 28))
     assert pixel_tile(1, few, FIXED, row_threads=2).pixels == 64
     assert pixel_tile(1, many, FIXED).pixels == 80
-    config = SPMM.configs(few, _full((64, 64, 1, 1), (2, 1)), FIXED)[0]
+    config = SPMM.configs(few, _full((64, 64, 1, 1)), FIXED)[0]
     assert config == {"pixels": 64, "row_threads": 2}
 
 
@@ -315,54 +293,6 @@ def _full(shape, block=(1, 1)):
     return BlockPattern.full(shape, block)
 
 
-def test_rows_that_share_columns_are_stored_as_blocks():
-    kept = torch.zeros(11, 20, dtype=torch.bool)
-    kept[0:4, :10] = True
-    kept[1, 3] = False  # 39 nonzeros in 10 columns of four
-    kept[4:6, 5:9] = True  # 8 in 4 columns of two
-    kept[6, 0:3], kept[7, 1:4] = True, True  # 6 in 4 columns of two are too few
-    kept[8:11, 7] = True  # a pair and a single row at the end
-    pattern = _full((11, 20, 1, 1))
-    pattern = pattern.with_kept(kept.view(pattern.grid_shape))
-    shared = share_columns(pattern)
-    assert shared.columns == {4: 10, 2: 4 + 1, 1: 3 + 3 + 1}
-    stored = shared.pattern.kept.view(11, 20)
-    assert stored[1, 3] and int((stored ^ kept).sum()) == 1
-    weight = torch.randn(11, 20, 1, 1)
-    packed = SPMM.pack(weight, pattern)
-    assert torch.equal(unpack_weight(*packed, 11, 20, (1, 1)), pattern.apply(weight))
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**16), st.sampled_from([0.1, 0.5, 0.95]))
-def test_sharing_columns_only_adds_weights(out_channels, in_channels, seed, density):
-    case = mixed((1, in_channels, 1, 1), out_channels, density=density)
-    pattern = case.pattern(_full((out_channels, in_channels, 1, 1)), torch.Generator().manual_seed(seed))
-    if shared := share_columns(pattern):
-        assert bool((shared.pattern.kept >= pattern.kept).all())
-        assert sum(n * rows for rows, n in shared.columns.items()) == shared.pattern.num_kept
-        assert shared.pattern.num_kept <= pattern.num_kept / 0.9 + 1e-6
-
-
-def test_scattered_weights_share_no_columns():
-    torch.manual_seed(0)
-    pattern = _full((256, 256, 1, 1))
-    pattern = pattern.with_kept(torch.rand(pattern.grid_shape) < 0.1)
-    site = conv_site(kernel=1, batch=1)
-    assert share_columns(pattern) is None and "mixed" not in SPMM.configs(site, pattern, FIXED)[0]
-
-
-def test_groups_of_rows_cost_less_than_single_rows():
-    site, full = conv_site(kernel=1, size=14, batch=1), _full((256, 256, 1, 1))
-    single = full.with_kept(torch.rand(full.grid_shape, generator=torch.Generator().manual_seed(0)) < 0.1)
-    kept = single.kept.clone()
-    kept[:128] = kept[:128:4].repeat_interleave(4, 0)
-    half = full.with_kept(kept)
-    assert SPMM.configs(site, half, FIXED)[0]["mixed"] == 1
-    seconds = [cost.sparse_cost(site, p, FIXED, SPMM.name).evaluate() for p in (half, single)]
-    assert seconds[0] < 0.9 * seconds[1]
-
-
 # ---- the decision ------------------------------------------------------------------------------------
 
 
@@ -379,6 +309,16 @@ def test_more_zeros_never_cost_more_and_high_blocks_cost_less():
             cost.break_even_density(site, (height, 1), FIXED, variant=SPMM.name) for height in (1, 4)
         )
         assert 0.05 < low <= high < 1
+
+
+def test_strided_layers_rather_read_channels_last():
+    def seconds(layouts, stride):
+        site = conv_site(256, 64, kernel=1, size=56, batch=1, stride=(stride, stride))
+        return sparse_rows_cost(site, (1, 1), FIXED, layouts, density=0.1).evaluate()
+
+    first, last = Layouts(True, True), Layouts(False, True)
+    assert seconds(first, 1) < seconds(last, 1) and seconds(first, 2) > seconds(last, 2)
+    assert 2 * seconds(last, 2) < seconds(last, 1), "a quarter of the pixels"
 
 
 def test_single_weights_are_candidates_only_where_they_may_pay():

@@ -50,9 +50,6 @@ class Case:
     def dtype(self) -> torch.dtype:
         return getattr(torch, VARIANTS[self.variant].dtypes[0])
 
-    def pattern(self, full: BlockPattern, random: torch.Generator) -> BlockPattern:
-        return full.with_kept(torch.rand(full.grid_shape, generator=random) < self.density)
-
     def input(self) -> Tensor:
         x = torch.randn(self.input_shape, generator=torch.Generator().manual_seed(self.seed)).to(self.dtype)
         last = self.channels_last and x.dim() == 4 and self.kernel_size
@@ -68,7 +65,8 @@ class Layer(nn.Module):
         random = torch.Generator().manual_seed(case.seed)
         dims = len(case.kernel_size)
         weight = torch.randn(case.out_channels, case.in_channels, *case.kernel_size, generator=random)
-        pattern = case.pattern(BlockPattern.full(tuple(weight.shape), case.block), random)
+        pattern = BlockPattern.full(tuple(weight.shape), case.block)
+        pattern = pattern.with_kept(torch.rand(pattern.grid_shape, generator=random) < case.density)
         self.weight = pattern.apply(weight).to(case.dtype)
         for name, tensor in VARIANTS[case.variant].pack(self.weight, pattern)._asdict().items():
             self.register_buffer(name, tensor)
