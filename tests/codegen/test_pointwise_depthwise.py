@@ -16,13 +16,15 @@ from kernel_cases import compiling, run
 from torch import Tensor, nn
 
 from blocksparse_compiler import BlockPattern
-from blocksparse_compiler.cpu_spmm import CHANNELS_FIRST, HEIGHTS, SPMM
+from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM
 from blocksparse_compiler.depthwise import DEPTHWISE
 from blocksparse_compiler.errors import PlanError
+from blocksparse_compiler.kernel_variant import KernelConfig
+from blocksparse_compiler.layouts import CHANNELS_FIRST
 from blocksparse_compiler.pointwise_depthwise import Activation
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-KERNEL = f"{SPMM.name};reads={CHANNELS_FIRST};writes={CHANNELS_FIRST}"
+KERNEL = KernelConfig(SPMM.name, CHANNELS_FIRST.parameters).encode()
 NAMES = ["identity", "relu", "hardswish", "silu", "clamp:0.0:6.0", "clamp:-1.5:0.5"]
 
 
