@@ -4,9 +4,9 @@
     python -m benchmarks.cost_model --kernel cpu_bf16 --kernel cpu_int8 --batch 1
 
 Every layer runs dense and on its kernel in several tiles and densities, in turn, with a ReLU. A row holds
-what was measured and what the calibrated model says; the summary, by kernel: quantiles of predicted over measured
-time, and of the predicted over the measured gain, and what the decisions cost (`regret`: the time of what the
-model chooses among dense and ours over the faster of the two).
+what was measured and what the calibrated model says; the summary, by kernel: quantiles of predicted over
+measured time, and of the predicted over the measured gain, and what the decisions cost (`regret`: the time of
+what the model chooses among dense and ours over the faster of the two).
 """
 
 from __future__ import annotations
