@@ -77,7 +77,7 @@ def _exchange_seconds(site: Site, device: DeviceSpec, row_threads: int) -> sympy
 def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: DeviceSpec) -> float:
     """One nonzero block on one thread's tile."""
     vector = 2 * tile.lanes / device.peak_fp32_flops_per_second_per_thread
-    rate = device.efficiency.get(f"{cpu_spmm.SPMM.name}/{height}x1", MULTIPLY_RATE)
+    rate = device.efficiency.get(cpu_spmm.SPMM.name, MULTIPLY_RATE)
     multiply = height * tile.vectors * vector / rate
     load = (tile.vectors + height + 2) * vector
     panel_bytes = _BYTES * site.in_channels * tile.pixels
