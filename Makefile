@@ -47,6 +47,9 @@ bench: $(INSTALLED)  ## Measure layers, models and compile time against the stro
 	$(RUN) -m benchmarks.sparse_pointwise
 	$(RUN) -m benchmarks.quantized
 	$(RUN) -m benchmarks.break_even
+	$(RUN) -m benchmarks.cost_model
+	$(RUN) -m benchmarks.sensitivity
+	$(RUN) -m benchmarks.never_slower
 	$(RUN) -m benchmarks.periodic
 
 bench-gpu: $(INSTALLED)  ## The same on a CUDA GPU, in under 20 minutes

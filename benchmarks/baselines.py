@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from blocksparse_compiler.codegen import inductor_api
 
 from .timing import Call, fresh_code
 
@@ -16,9 +18,16 @@ Layers = Callable[[Tensor], list[Tensor]]
 
 
 @contextmanager
-def frozen_inductor(cpp_wrapper: bool) -> Iterator[None]:
-    """Inductor with constant folding and weight prepacking, set globally because Dynamo reads it too."""
-    with torch._inductor.config.patch(freezing=True, cpp_wrapper=cpp_wrapper):
+def frozen_inductor(cpp_wrapper: bool, best_linear: bool = False) -> Iterator[None]:
+    """Inductor with constant folding and weight prepacking, set globally because Dynamo reads it too.
+
+    `best_linear` has it take oneDNN for linear layers where MKL, its choice in fp32, is slow: on CPUs that
+    are not Intel's. No option of torch does that, but our backend does, so dense builds may, too.
+    """
+    library = inductor_api.best_linear_library() if best_linear else nullcontext()
+    # The cache of graphs does not see the library.
+    options = {"freezing": True, "cpp_wrapper": cpp_wrapper, "fx_graph_cache": not best_linear}
+    with torch._inductor.config.patch(options), library:
         yield
 
 

@@ -1,12 +1,12 @@
-"""How well the cost model predicts this machine: every CPU kernel and torch's operators, on a spread of layers.
+"""How well the cost model predicts this machine: CPU kernels and torch's operators, on a spread of layers.
 
     python -m benchmarks.cost_model
     python -m benchmarks.cost_model --kernel cpu_bf16 --kernel cpu_int8 --batch 1
 
-Every layer runs dense and on its kernel in several tiles and densities, in turn, with a ReLU. A row holds what
-was measured and what the calibrated model says; the summary, by kernel: quantiles of predicted over measured
-time, and of the predicted over the measured gain, and what the decisions cost (`regret`: the time of what the
-model chooses among dense and ours over the faster of the two).
+Every layer runs dense and on its kernel in several tiles and densities, in turn, with a ReLU. A row holds
+what was measured and what the calibrated model says; the summary, by kernel: quantiles of predicted over
+measured time, of predicted over measured gain, and what decisions cost (`regret`: the time of what the model
+chooses among dense and ours, over the faster of the two).
 """
 
 from __future__ import annotations
@@ -175,10 +175,10 @@ def rows_of(case: Case, seconds: dict[str, float], device: DeviceSpec) -> list[d
                 "batch": case.site.input_shape[0],
                 "block": "x".join(map(str, pattern.block_shape)),
                 "kept": round(pattern.density, 3),
-                "dense_us": seconds[DENSE] * 1e6,
-                "dense_predicted_us": dense * 1e6,
-                "ours_us": seconds[str(number)] * 1e6,
-                "ours_predicted_us": ours * 1e6,
+                "dense_us": round(seconds[DENSE] * 1e6, 2),
+                "dense_predicted_us": round(dense * 1e6, 2),
+                "ours_us": round(seconds[str(number)] * 1e6, 2),
+                "ours_predicted_us": round(ours * 1e6, 2),
             }
         )
     return rows

@@ -1,4 +1,4 @@
-"""Whole networks against their fastest dense build: ResNet-50, VGG-16, ViT-B/16 and BERT-base.
+"""Whole networks against their fastest dense build: ResNet-50, VGG-16, ViT-B/16, BERT, Llama.
 
     python -m benchmarks.models
     python -m benchmarks.models --model resnet50 --batch 8 --keep DBSR-B
@@ -8,7 +8,7 @@
 Weights are random, and so are the block masks. `DBSR-A` and `DBSR-B` keep the share of ResNet-50's
 parameters that the DBSR paper reports (17.89 M and 13.36 M of 25.56 M); a number is the share of the
 blocks of every layer. Dense candidates are eager channels-last and three builds of frozen Inductor: plain,
-with its C++ wrapper, and with dynamic shapes.
+with its C++ wrapper, and with oneDNN for linear layers.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from .timing import keep_freed_memory, time_networks
 DBSR_FRACTIONS = {"DBSR-A": 17.89 / 25.56, "DBSR-B": 13.36 / 25.56}
 PARTS = {
     "resnet50": ("DBSR-A", "DBSR-B", "0.25"),
-    "vgg16": ("0.5",),
-    "vit_b16": ("0.5",),
-    "bert_base": ("0.5",),
+    "vgg16": ("0.5", "0.25"),
+    "vit_b16": ("0.5", "0.25"),
+    "bert_base": ("0.5", "0.25"),
+    "llama_block": ("0.5", "0.25"),
 }
 
-# With a symbolic batch Inductor takes oneDNN for linear layers instead of MKL: twice as fast on some CPUs.
 DENSE_BUILDS = (
     ("inductor", False, False),
     ("inductor+cpp_wrapper", True, False),
-    ("inductor+dynamic", False, True),
+    ("inductor+onednn", False, True),
 )
+"""Name, with a C++ wrapper, with oneDNN for linear layers (see `baselines.frozen_inductor`)."""
 
 
 def pruned(
@@ -60,9 +61,9 @@ def pruned(
 def dense_builds(network: zoo.Network, x: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Name → callable, each called once already."""
     builds = {"eager": network.forward}
-    for name, cpp_wrapper, dynamic in DENSE_BUILDS:
-        with baselines.frozen_inductor(cpp_wrapper):
-            builds[name] = baselines.compiled(network.forward, dynamic)
+    for name, cpp_wrapper, best_linear in DENSE_BUILDS:
+        with baselines.frozen_inductor(cpp_wrapper, best_linear):
+            builds[name] = baselines.compiled(network.forward)
             builds[name](x)
     return builds
 

@@ -27,12 +27,17 @@ class Ours:
     density: float
 
 
-def compile_layers(layers: Sequence[nn.Module], x: Tensor, relu: bool, block_shape: tuple[int, int]) -> Ours:
-    """Compiles and calls once; `kernel` is what `auto` chose for the first."""
+def compile_layers(
+    layers: Sequence[nn.Module], x: Tensor, relu: bool, block_shape: tuple[int, int] | None = None
+) -> Ours:
+    """Compiles and calls once; `kernel` is what `auto` chose for the first.
+
+    Forces nothing without a block shape.
+    """
     function = baselines.several([baselines.with_relu(n) if relu else n for n in layers])
     calls = {"auto": _call(function, x, {})}
     plan = newest_plan()
-    if any(decision.is_dense for decision in plan):
+    if block_shape and any(decision.is_dense for decision in plan):
         calls["forced"] = _call(function, x, {"plan": forced(plan, layers, block_shape)})
     weights = torch.stack([n.weight for n in layers])  # type: ignore[misc]
     return Ours(calls, plan.decisions[0].kernel, float(weights.ne(0).float().mean()))

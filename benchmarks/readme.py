@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from . import report
+from .never_slower import NOISE, by_decision
 from .timing import geometric_mean
 
 README = Path(__file__).parent.parent / "README.md"
 TITLES = {"resnet50": "ResNet-50", "vgg16": "VGG-16", "vit_b16": "ViT-B/16", "bert_base": "BERT-base"}
 TITLES |= {"mobilenet_v1": "MobileNet-v1", "mobilenet_v2": "MobileNet-v2", "resnet18": "ResNet-18"}
+TITLES |= {"mobilenet_v3": "MobileNet-v3", "efficientnet_b0": "EfficientNet-B0"}
+TITLES |= {"llama_block": "Llama, 2 layers, 128 tokens"}
 ENGINES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -203,6 +206,20 @@ def quantized(data: dict[str, Any]) -> str:
     )
 
 
+def never_slower(data: dict[str, Any]) -> str:
+    """How many of the layers drawn at random are slower than dense."""
+    lines = [
+        _row("layers drawn at random", "number", "geometric mean", "slower than dense by over 5%", "worst"),
+        _row("---", *["--:"] * 4),
+    ]
+    for name, rows in by_decision(data["rows"]).items():
+        ratios = [row["speedup"] for row in rows]
+        slower = sum(ratio < 1 / NOISE for ratio in ratios)
+        mean = geometric_mean(ratios)
+        lines.append(_row(name, len(rows), f"**{mean:.2f}×**", slower, f"{min(ratios, default=1):.2f}×"))
+    return "\n".join(lines)
+
+
 def machine(data: dict[str, Any]) -> str:
     """What the figures were measured on."""
     m = data["machine"]
@@ -227,6 +244,7 @@ SECTIONS = {
     "decode": (decode, "decode"),
     "break_even": (break_even, "break_even"),
     "quantized": (quantized, "quantized"),
+    "never_slower": (never_slower, "never_slower"),
     "machine": (machine, "layers"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,16 @@ class ConvShape:
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_channels, self.in_channels, self.kernel, self.kernel)
 
-    def layer(self) -> nn.Conv2d:
+    @property
+    def weights(self) -> int:
+        return math.prod(self.weight_shape)
+
+    @property
+    def macs(self) -> int:
+        """Of one image."""
+        return self.weights * self.out_size**2
+
+    def layer(self) -> nn.Module:
         return nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel, self.stride, self.kernel // 2, bias=False
         )
@@ -38,6 +48,35 @@ class ConvShape:
     def input(self, batch: int) -> Tensor:
         x = torch.randn(batch, self.in_channels, self.size, self.size)
         return x.to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Conv1dShape:
+    """A convolution along a sequence of `size` steps, `kernel // 2` of padding."""
+
+    in_channels: int
+    size: int
+    out_channels: int
+    kernel: int
+
+    def __str__(self) -> str:
+        return f"conv1d {self.kernel} {self.in_channels}->{self.out_channels} @{self.size}"
+
+    @property
+    def weights(self) -> int:
+        return self.out_channels * self.in_channels * self.kernel
+
+    @property
+    def macs(self) -> int:
+        return self.weights * self.size
+
+    def layer(self) -> nn.Module:
+        return nn.Conv1d(
+            self.in_channels, self.out_channels, self.kernel, padding=self.kernel // 2, bias=False
+        )
+
+    def input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.in_channels, self.size)
 
 
 @dataclass(frozen=True)
@@ -53,6 +92,14 @@ class LinearShape:
     def weight_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features)
 
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def macs(self) -> int:
+        return self.weights * self.rows_per_item
+
     def layer(self) -> nn.Linear:
         return nn.Linear(self.in_features, self.out_features)
 
@@ -60,7 +107,7 @@ class LinearShape:
         return torch.randn(batch * self.rows_per_item, self.in_features)
 
 
-Shape = ConvShape | LinearShape
+Shape = ConvShape | Conv1dShape | LinearShape
 
 CONVOLUTIONS = tuple(
     ConvShape(*sizes)

@@ -15,6 +15,7 @@ from . import mobile
 
 Forward = Callable[[Tensor], Tensor]
 BERT_TOKENS = 128
+PROMPT_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,33 @@ def bert_base() -> Network:
     return Network(model, lambda ids: model(ids).last_hidden_state, tokens)
 
 
+def llama_block() -> Network:
+    """Two decoder layers in the sizes of TinyLlama, reading a prompt."""
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=1000,
+        use_cache=False,
+    )
+    model = prepare(LlamaModel(sizes))
+
+    def tokens(batch: int) -> Tensor:
+        return torch.randint(0, 1000, (batch, PROMPT_TOKENS))
+
+    return Network(model, lambda ids: model(ids).last_hidden_state, tokens)
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     "resnet50": resnet50,
     "vgg16": vgg16,
     "vit_b16": vit_b16,
     "bert_base": bert_base,
+    "llama_block": llama_block,
     "resnext50": resnext50,
     "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": mobilenet_v2,

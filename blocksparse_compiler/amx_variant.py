@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .amx_tiling import SIDE
 from .cpu_variants import split_block_rows
@@ -60,6 +62,14 @@ class AmxVariant(KernelVariant):
         if device.threads > 1 and output_pixels(site):
             others.append({"row_threads": device.threads if row_threads == 1 else 1})
         return [best, *({**best, **other} for other in others)]
+
+    def describe(
+        self, site: Site, pattern: BlockPattern, device: DeviceSpec, config: Mapping[str, Any]
+    ) -> str:
+        what = "pixels" if site.kernel_size else "rows"
+        shared = "block rows" if int(config.get("row_threads", 1)) > 1 else what
+        width = product_width(pattern.block_shape)
+        return f"AMX, {2 * SIDE} {what} by {width} outputs at a time, threads share {shared}"
 
 
 AMX = AmxVariant(

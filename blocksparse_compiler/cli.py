@@ -199,7 +199,7 @@ def report(model: Model, input: Inputs, as_json: AsJson = False) -> None:
 
 @app.command()
 def calibrate(
-    quick: Annotated[bool, typer.Option(help="Measure torch's operators only, not our kernels.")] = False,
+    quick: Annotated[bool, typer.Option(help="Leave out our kernels in every tile.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure this machine again, and keep the figures for later plans. Let it be idle meanwhile."""

@@ -117,8 +117,15 @@ def choose(
         best.pattern, best.seconds, estimates[DENSE], forced=not allow_dense, limit=_limit(best, device)
     )
     how = variants.VARIANTS[best.variant].describe(site, best.pattern, device, config)
-    reason = f"{reason}; {how}" if how else reason
+    reason = "; ".join(filter(None, (reason, _other_tile(best, ranked), how)))
     return Decision(site, best.variant, reason, best.pattern, config, estimates)
+
+
+def _other_tile(best: Candidate, ranked: Sequence[Candidate]) -> str:
+    """What the best other tile would take, if there is a choice; as a phrase."""
+    others = (c for c in ranked if c.pattern.block_shape != best.pattern.block_shape)
+    other = next(others, None)
+    return f"{_kept(other.pattern)} would take {format_seconds(other.seconds)}" if other else ""
 
 
 def best_config(site: Site, candidate: Candidate, device: AnyDevice) -> Mapping[str, int | str]:

@@ -7,7 +7,9 @@ is channels-last in memory is channel-major in the cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,6 +161,12 @@ class SparseRowsVariant(KernelVariant):
                 ].pixels
             found.append(config)
         return found
+
+    def describe(
+        self, site: Site, pattern: BlockPattern, device: DeviceSpec, config: Mapping[str, Any]
+    ) -> str:
+        height = pattern.block_shape[0]
+        return f"{device.isa}, vectors along pixels, {height} output{'s' * (height > 1)} at a time"
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
         """As `pack_weight`, with empty block rows up to a multiple of 16 output channels."""

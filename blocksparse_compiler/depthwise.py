@@ -7,7 +7,9 @@ than to compute at their sizes. The kernel is generated into the program, with w
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -54,6 +56,11 @@ class DepthwiseVariant(KernelVariant):
 
     def configs(self, site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[Parameters]:
         return [{}] if site.in_channels >= device.vector_lanes else []
+
+    def describe(
+        self, site: Site, pattern: BlockPattern, device: DeviceSpec, config: Mapping[str, Any]
+    ) -> str:
+        return f"{device.isa}, {'x'.join(map(str, site.kernel_size))} taps at a time"
 
     def pack(self, weight: Tensor, pattern: BlockPattern) -> PackedWeight:
         """`[taps, channels]`, without tables."""

@@ -50,6 +50,10 @@ class DeviceSpec(Figures):
         transpose_seconds_per_vector: to bring a vector of activations from channels-last to channel-major
             order, or back, caches and epilogue included; on one thread. By default fitted to MobileNet-v1.
         l2_read_over_copy: rate of reading runs of whole lines from L2, over that of a copy. Fitted likewise.
+        dense_int8_epilogue_seconds_per_vector: torch's operators on 8-bit integers: scaling, rounding and
+            storing a vector of outputs, on one thread, which layers of few input channels do not hide.
+        tile_epilogue_seconds_per_vector: as `epilogue_seconds_per_vector`, by `"<variant>/<bh>x<bw>"`, where
+            known.
         efficiency: fraction of peak that kernels reach away from memory limits, by
             `"dense/<geometry>"`, `"dense_bf16/…"` and `"dense_amx/…"` (of those peaks), and
             `"<bh>x<bw>/<geometry>"` (optionally `"<variant>/<bh>x<bw>/…"`); see `cost.geometry` for the
@@ -79,6 +83,8 @@ class DeviceSpec(Figures):
     amx_tile_seconds: float = 95e-9
     transpose_seconds_per_vector: float = 15e-9 / 16
     l2_read_over_copy: float = 1.4
+    dense_int8_epilogue_seconds_per_vector: float = 2e-9
+    tile_epilogue_seconds_per_vector: Mapping[str, float] = field(default_factory=dict)
     efficiency: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -205,6 +211,19 @@ _EFFICIENCY = {
     "cpu_bf16/8x8/spatial": 0.72,
     "cpu_bf16/8x8/pointwise": 0.64,
     "cpu_bf16/8x8/linear": 0.62,
+    "dense_int8/spatial": 0.88,
+    "dense_int8/pointwise": 0.96,
+    "dense_int8/linear": 0.75,
+    "dense_int8/few_rows": 0.23,
+    "cpu_int8/32x32/spatial": 0.98,
+    "cpu_int8/32x32/pointwise": 0.93,
+    "cpu_int8/32x32/linear": 0.96,
+    "cpu_int8/16x16/spatial": 0.83,
+    "cpu_int8/16x16/pointwise": 0.52,
+    "cpu_int8/16x16/linear": 0.63,
+    "cpu_int8/8x8/spatial": 0.37,
+    "cpu_int8/8x8/pointwise": 0.27,
+    "cpu_int8/8x8/linear": 0.28,
     "dense_f16/spatial": 0.06,
     "dense_f16/pointwise": 0.05,
     "dense_f16/linear": 0.11,

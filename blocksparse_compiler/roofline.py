@@ -192,7 +192,7 @@ def dense_cost(site: Site, device: DeviceSpec) -> Cost:
     return Cost(
         flops,
         traffic,
-        flops / _dense_rate(site, device),
+        flops / _dense_rate(site, device) + _dense_epilogue_seconds(site, device),
         memory_seconds(traffic, device),
         sympy.Float(device.dense_linear_call_seconds if linear else device.dense_conv_call_seconds),
     )
@@ -203,13 +203,22 @@ def dense_instructions(dtype: str, class_: str, device: DeviceSpec) -> tuple[str
     if dtype in ("uint8", "int8"):
         on_amx = device.has_amx and class_ != "depthwise"  # which is twice as fast on bytes as on bf16
         twice = 2 * device.peak_amx_flops_per_second_per_thread
-        return ("dense_amx", twice) if on_amx else ("dense", device.peak_int8_ops_per_second_per_thread)
+        peak = device.peak_int8_ops_per_second_per_thread
+        return ("dense_amx_int8", twice) if on_amx else ("dense_int8", peak)
     if dtype != "bfloat16":
         prefix = "dense_f16" if dtype == "float16" else "dense"
         return prefix, device.peak_fp32_flops_per_second_per_thread
     if device.has_amx and class_ != "depthwise":
         return "dense_amx", device.peak_amx_flops_per_second_per_thread
     return "dense_bf16", device.peak_bf16_flops_per_second_per_thread
+
+
+def _dense_epilogue_seconds(site: Site, device: DeviceSpec) -> sympy.Expr:
+    """What torch's operators on integers take beyond their products."""
+    if not site.is_quantized:
+        return sympy.S.Zero
+    vectors = positions(site) * site.out_channels / device.vector_lanes
+    return vectors * device.dense_int8_epilogue_seconds_per_vector / device.threads
 
 
 def _dense_rate(site: Site, device: DeviceSpec) -> sympy.Expr:
@@ -219,7 +228,8 @@ def _dense_rate(site: Site, device: DeviceSpec) -> sympy.Expr:
     peak *= device.threads
 
     def fraction(name: str, default: float) -> float:
-        others = device.efficiency.get(f"dense/{name}", default) if prefix != "dense_amx" else default
+        usual = "dense_amx" if "amx" in prefix else "dense"
+        others = device.efficiency.get(f"{usual}/{name}", default)
         return device.efficiency.get(f"{prefix}/{name}", others)
 
     usual = sympy.Float(peak * fraction(class_, 0.5))
@@ -259,7 +269,7 @@ def sparse_cost(
         flops,
         traffic,
         flops * sympy.Min(turns, skew) / (rate * _tile_fill(site, tile_pixels))
-        + epilogue_seconds(site, block, device),
+        + epilogue_seconds(site, block, device, variant),
         memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
     )
@@ -275,10 +285,17 @@ def _register_tile(site: Site, block: BlockShape, device: DeviceSpec) -> tuple[i
     )
 
 
-def epilogue_seconds(site: Site, block: BlockShape, device: DeviceSpec) -> sympy.Expr:
+def epilogue_seconds(site: Site, block: BlockShape, device: DeviceSpec, variant: str = "") -> sympy.Expr:
     """Time of bias, activation and stores, however many tiles are kept."""
     vectors = positions(site) * -(-site.out_channels // _register_tile(site, block, device)[1])
-    return vectors * device.epilogue_seconds_per_vector / device.threads
+    square = _square(block[0])
+    known = device.tile_epilogue_seconds_per_vector.get(f"{variant}/{square}x{square}")
+    return vectors * (known or device.epilogue_seconds_per_vector) / device.threads
+
+
+def _square(height: int) -> int:
+    """Side of the highest measured square tile that is no higher."""
+    return max((side for side in (32, 16, 8) if side <= height), default=8)
 
 
 def _tile_fill(site: Site, tile_pixels: int) -> sympy.Expr:
@@ -308,7 +325,7 @@ def efficiency(site: Site, block_shape: BlockShape, device: DeviceSpec, variant:
     is no higher.
     """
     height, width = block_shape
-    square = max((s for s in (32, 16, 8) if s <= height), default=8)
+    square = _square(height)
     shapes = (f"{height}x{width}", f"{square}x{square}")
     names = (
         name for shape in shapes for name in (f"{variant}/{shape}/{kind(site)}", f"{shape}/{kind(site)}")

@@ -22,6 +22,9 @@ MULTIPLY_RATE = 0.8
 _COPY = 0.5
 """Of a transpose: to copy rows of pixels that start anywhere side by side, or to read them as they lie."""
 
+_GATHER = 4.0
+"""Of a transpose: to collect every other pixel of channels-first rows, one by one."""
+
 OTHER_CORE_BYTES_PER_SECOND = 10e9
 """At which a thread takes what lies in the cache of another core; seen in MobileNet-v2 on Zen 5."""
 
@@ -53,6 +56,7 @@ def sparse_rows_cost(
     turns = sympy.ceiling(panels / max(1, device.threads // row_threads))
     rows = site.in_channels * float(not layouts.reads_first)
     rows += site.in_channels * _COPY * cpu_spmm.straddles(site, device, layouts)
+    rows += site.in_channels * _GATHER * (layouts.reads_first and any(s != 1 for s in site.stride))
     rows += site.out_channels / row_threads * (not layouts.writes_first)
     transposes = rows * tile.pixels / device.vector_lanes * device.transpose_seconds_per_vector
     panel = blocks / row_threads * _block_seconds(site, height, tile, device)
@@ -78,7 +82,7 @@ def _exchange_seconds(site: Site, device: DeviceSpec, row_threads: int) -> sympy
 def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: DeviceSpec) -> float:
     """One nonzero block on one thread's tile."""
     vector = 2 * tile.lanes / device.peak_fp32_flops_per_second_per_thread
-    rate = device.efficiency.get(f"{cpu_spmm.SPMM.name}/{height}x1", MULTIPLY_RATE)
+    rate = device.efficiency.get(cpu_spmm.SPMM.name, MULTIPLY_RATE)
     multiply = height * tile.vectors * vector / rate
     load = (tile.vectors + height + 2) * vector
     panel_bytes = _BYTES * site.in_channels * tile.pixels

@@ -181,8 +181,14 @@ class Timing:
     minimum: float
 
 
-def interleave(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Timing]:
-    """Times every call in turn, round after round, for about `seconds` in all (at least five rounds)."""
+def interleave(
+    calls: Mapping[str, Callable[[], Any]], seconds: float, *, warm: bool = False
+) -> dict[str, Timing]:
+    """Times every call in turn, round after round, for about `seconds` in all (at least five rounds).
+
+    Args:
+        warm: make every call twice, and time the second: many others have emptied the caches meanwhile.
+    """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(), call()
@@ -192,6 +198,8 @@ def interleave(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[s
     try:
         while rounds < 5 or time.perf_counter() < deadline:
             for name, call in calls.items():
+                if warm:
+                    call()
                 start = time.perf_counter()
                 call()
                 samples[name].append(time.perf_counter() - start)

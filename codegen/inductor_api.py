@@ -49,12 +49,12 @@ def compile_fx(gm: GraphModule, inputs: Sequence[Any], config: Mapping[str, Any]
     """Inductor's compiler on a Dynamo-level graph, under these options."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
-    with _best_linear_library(), _channels_first_regions():
+    with best_linear_library(), _channels_first_regions():
         compiled: Any = inductor_compile_fx(gm, list(inputs), config_patches=dict(config))
     return compiled  # type: ignore[no-any-return]
 
 
-def _best_linear_library() -> contextlib.AbstractContextManager[Any]:
+def best_linear_library() -> contextlib.AbstractContextManager[Any]:
     """Has Inductor prepack frozen fp32 linear layers with oneDNN where MKL is slow.
 
     Inductor takes MKL's packed product for static batch sizes, and oneDNN's for symbolic ones. On CPUs

@@ -33,7 +33,7 @@ from ..zero_blocks import zero_block_patterns
 from .calls import LayerCall
 from .find_sites import sites_with_calls
 from .permute_channels import NOTE
-from .quantized_calls import quantized_call
+from .quantized_calls import quantized_call, why_dequantized
 from .static_values import StaticValues
 
 MOST_SCATTERED = 0.5
@@ -91,12 +91,15 @@ def choose_kernels(
         elif weight is None or weight.is_meta or weight.layout != torch.strided:
             decisions.append(Decision(site, DENSE, f"stays dense: {_no_constant(weight)}"))
         else:
+            note = None if site.is_quantized else why_dequantized(call.node)
             if site.is_quantized and not _has_symmetric_weight(call, values):
                 site = replace(site, dtype="float32")  # as which Inductor runs it, too
+                note = "its weights have a zero point"
             choose = _choose_quantized if site.is_quantized else _choose
             decide = functools.partial(choose, call, site, weight, spec, block_shape)
             decision = decide(allow_dense=allow_dense, hints=hints)
-            decisions.append(_with_note(decision, call.node.meta.get(NOTE)))
+            decision = _with_note(decision, call.node.meta.get(NOTE))
+            decisions.append(_with_note(decision, note and f"dequantized, as {note}"))
         names.setdefault(spec.name)
     return Plan(tuple(decisions), "+".join(names) or present_device("cpu").name)
 

@@ -80,6 +80,22 @@ def quantized_call(node: Node) -> QuantizedCall | None:
     return QuantizedCall(layer, x["input"], float(scale), zero_point, weight["input"])
 
 
+def why_dequantized(node: Node) -> str | None:
+    """Why a layer on a quantized input runs in floats all the same, as a phrase; None for other layers."""
+    layer = layer_call(node)
+    kind, x = _dequantized(layer.input) if layer else ("", {})
+    if not kind or quantized_call(node):
+        return None
+    if kind != "tensor":
+        return "its input has more than one scale"
+    if not isinstance(x.get("scale"), int | float) or not isinstance(x.get("zero_point"), int):
+        return "the scale of its input is known only at run time (dynamic quantization)"
+    dtype = _dtype(x["input"])
+    if dtype not in (torch.uint8, torch.int8):
+        return f"no kernel reads {str(dtype).removeprefix('torch.')}"
+    return "its weight is not quantized to int8 as a whole or by output channel"
+
+
 def _dequantized(node: Node) -> tuple[str, dict[str, Any]]:
     """What `node` dequantizes by (`"tensor"`, `"channel"`, or nothing), and the arguments of that call."""
     name = str(node.target) if node.op == "call_function" else ""

@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks import baselines, layers, masks, pictures, readme, report, shapes, timing, zoo
 from benchmarks.break_even import break_even, pointwise_sites
 from blocksparse_compiler import busy
+from blocksparse_compiler.codegen import inductor_api
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +118,25 @@ def test_every_dense_linear_baseline_computes_the_layer() -> None:
         expected = [layer(x) for layer in linears]
         for name, call in baselines.dense_linears(linears, x).items():
             torch.testing.assert_close(call(), expected, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("slow", "operator"), [(True, "mkldnn::_linear_pointwise"), (False, "mkl::_mkl_linear")]
+)
+def test_frozen_inductor_takes_the_better_library_for_linear_layers(
+    slow: bool, operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.backends.mkl.is_available():
+        pytest.skip("this torch has oneDNN alone")
+    monkeypatch.setattr(inductor_api, "_mkl_is_slow", lambda: slow)
+    torch._dynamo.reset()
+    layer, x = nn.Linear(64, 48).eval(), torch.randn(40, 64)
+    with torch.no_grad(), baselines.frozen_inductor(cpp_wrapper=False, best_linear=True):
+        fast = baselines.compiled(layer)
+        torch.testing.assert_close(fast(x), layer(x))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            fast(x)
+    assert operator in {event.name for event in profile.events()}
 
 
 def test_torch_bsr_computes_the_layer() -> None:

@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import decode, engines, layers, models, periodic, pictures, readme, shapes, training, zoo
+from benchmarks import (
+    decode,
+    engines,
+    layers,
+    models,
+    never_slower,
+    periodic,
+    pictures,
+    readme,
+    shapes,
+    training,
+    zoo,
+)
 from benchmarks.ours import compile_layers, newest_plan
 
 BLOCK = (32, 32)
@@ -143,3 +155,28 @@ def test_a_wrong_training_step_is_not_timed() -> None:
         wrong = lambda: [1.01 * g for g in step()]  # noqa: E731
         with pytest.raises(RuntimeError, match="nothing was timed"):
             training.check(wrong, model, x, grad)
+
+
+def test_layers_drawn_at_random(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = never_slower.cases(40, seed=1)
+    assert drawn == never_slower.cases(40, seed=1) != never_slower.cases(40, seed=2)
+    assert len(set(drawn)) == 40 and len({type(case.shape) for case in drawn}) == 3
+    assert all(case.shape.macs * case.batch <= never_slower.MOST_MACS for case in drawn)
+    shape = shapes.Conv1dShape(32, 50, 64, 3)
+    chosen = [never_slower.Case(shape, 1, BLOCK, d, torch.float32) for d in (1.0, 0.5)]
+    rows = list(never_slower.measure(chosen, budget=0))
+    assert [set(row["dense"]) for row in rows] == [{"eager", "inductor"}] * 2
+    assert rows[0]["kernel"] == "dense" and all(row["error"] < 1e-5 for row in rows)
+    never_slower.print_rows(rows)
+    assert "on our kernels: 1 layers" in capsys.readouterr().out
+
+
+def test_ratios_of_random_layers_are_counted() -> None:
+    ratios = {"dense": [1.0, 0.94, 0.99], "cpu_f32": [2.0, 0.5, 1.0, 7.0]}
+    rows = [{"kernel": kernel, "speedup": r} for kernel, values in ratios.items() for r in values]
+    counts = never_slower.histogram(rows)
+    assert sum(counts.values()) == 7
+    assert (counts["0-0.9"], counts["0.9-0.95"], counts["1-1.05"], counts["3-inf"]) == (1, 1, 2, 1)
+    lines = readme.never_slower({"rows": rows}).splitlines()[2:]
+    assert lines[0] == "| on our kernels | 4 | **1.63×** | 1 | 0.50× |"
+    assert lines[1] == "| left dense | 3 | **0.98×** | 1 | 0.94× |"

@@ -19,11 +19,12 @@ from blocksparse_compiler import BlockPattern
 from blocksparse_compiler.cpu_spmm import HEIGHTS, SPMM
 from blocksparse_compiler.depthwise import DEPTHWISE
 from blocksparse_compiler.errors import PlanError
-from blocksparse_compiler.layouts import FIRST
+from blocksparse_compiler.kernel_variant import KernelConfig
+from blocksparse_compiler.layouts import CHANNELS_FIRST
 from blocksparse_compiler.pointwise_depthwise import Activation
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-KERNEL = f"{SPMM.name};reads={FIRST};writes={FIRST}"
+KERNEL = KernelConfig(SPMM.name, CHANNELS_FIRST.parameters).encode()
 NAMES = ["identity", "relu", "hardswish", "silu", "clamp:0.0:6.0", "clamp:-1.5:0.5"]
 
 

@@ -27,6 +27,7 @@ from blocksparse_compiler.depthwise import DEPTHWISE
 from blocksparse_compiler.layouts import CHANNELS_FIRST, FIRST, Layouts
 from blocksparse_compiler.packing import unpack_weight
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
+from blocksparse_compiler.spmm_roofline import sparse_rows_cost
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -308,6 +309,16 @@ def test_more_zeros_never_cost_more_and_high_blocks_cost_less():
             cost.break_even_density(site, (height, 1), FIXED, variant=SPMM.name) for height in (1, 4)
         )
         assert 0.05 < low <= high < 1
+
+
+def test_strided_layers_rather_read_channels_last():
+    def seconds(layouts, stride):
+        site = conv_site(256, 64, kernel=1, size=56, batch=1, stride=(stride, stride))
+        return sparse_rows_cost(site, (1, 1), FIXED, layouts, density=0.1).evaluate()
+
+    first, last = Layouts(True, True), Layouts(False, True)
+    assert seconds(first, 1) < seconds(last, 1) and seconds(first, 2) > seconds(last, 2)
+    assert 2 * seconds(last, 2) < seconds(last, 1), "a quarter of the pixels"
 
 
 def test_single_weights_are_candidates_only_where_they_may_pay():

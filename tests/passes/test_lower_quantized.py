@@ -112,19 +112,20 @@ class WeightOnly(Quantized):
 
 
 @pytest.mark.parametrize(
-    "layer, kernel",
+    "layer, kernel, why",
     [
-        (RunTimeScale(nn.Linear(64, 64)), "cpu_f32"),
-        (Quantized(nn.Linear(64, 64), weight_zero_point=1), "cpu_f32"),
-        (InBf16(nn.Linear(64, 64)), "cpu_bf16"),
-        (WeightOnly(nn.Linear(64, 64)), "cpu_f32"),
+        (RunTimeScale(nn.Linear(64, 64)), "cpu_f32", "known only at run time"),
+        (Quantized(nn.Linear(64, 64), weight_zero_point=1), "cpu_f32", "weights have a zero point"),
+        (InBf16(nn.Linear(64, 64)), "cpu_bf16", ""),
+        (WeightOnly(nn.Linear(64, 64)), "cpu_f32", ""),
     ],
     ids=["run-time scale", "weights with a zero point", "bf16", "weight only"],
 )
-def test_what_is_not_for_integers_runs_as_before(layer, kernel):
+def test_what_is_not_for_integers_runs_as_before_and_the_plan_says_why(layer, kernel, why):
     x = image().transpose(1, -1)
     plan, operators, out = lowered(layer, x)
     assert [d.kernel for d in plan] == [kernel] and operators == ["linear"]
+    assert why in plan.decisions[0].reason and ("; dequantized, as " in plan.decisions[0].reason) == bool(why)
     torch.testing.assert_close(out, layer(x), rtol=1e-5, atol=2e-2 if kernel == "cpu_bf16" else 1e-4)
 
 
