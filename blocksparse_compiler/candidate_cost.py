@@ -21,9 +21,9 @@ from .devices import AnyDevice
 from .errors import OptionError
 from .gpu_devices import GpuSpec
 from .layouts import Layouts
-from .pointwise_depthwise import is_fused
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
+from .pointwise_depthwise import is_fused
 from .roofline import Cost, Hints, symbolic, value
 
 MARGIN = 0.95

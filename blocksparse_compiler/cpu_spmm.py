@@ -90,19 +90,12 @@ def split_rows(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST)
     """Threads that share output channels.
 
     All of them where too few pixels are left for each otherwise, or where the rows of pixels that they write
-    would share cache lines: two threads that write one line in turn wait for it. Not so where a layer reads
-    more channels than it writes, channels first: to take those from the other core would cost more.
+    would share cache lines: two threads that write one line in turn wait for it.
     """
     grid = pixel_grid(site, layouts)
     if grid is None:
         return 1
     images, pixels = grid
-    if (
-        layouts.reads_first
-        and site.in_channels > site.out_channels
-        and images * pixels >= 16 * device.threads
-    ):
-        return 1
     shared = layouts.writes_first and pixels % device.vector_lanes > 0 and images < device.threads
     return device.threads if shared or images * pixels < 64 * device.threads else 1
 

@@ -15,7 +15,7 @@ import torch
 from ..cpu_spmm import PixelTile, pixel_tiles
 from ..pointwise_depthwise import Activation
 from .conv_inputs import channels_first_conv, vectors_of_isa
-from .cpu_depthwise_planes import MOST_ROWS, DepthwisePlanesTemplate
+from .cpu_depthwise_planes import DepthwisePlanesTemplate
 from .cpu_spmm_lowering import LONGEST_ROW
 from .cpu_spmm_template import even_vectors
 from .inductor_api import ir, parallel_num_threads
@@ -66,28 +66,18 @@ def lower_pointwise_depthwise(
     return template.generate().output_node()
 
 
-def band_rows(height: int, threads: int) -> int:
-    """Output rows of a register tile, such that threads get bands of equal height."""
-
-    def tallest(rows: int) -> int:
-        parts = -(-height // rows)
-        return -(-parts // min(parts, threads)) * rows
-
-    return min(range(min(MOST_ROWS, height), 0, -1), key=tallest)
-
-
 @dataclass(frozen=True)
 class PixelTiles:
-    """Tiles of one size, as C++.
+    """Tiles of one size, as C++: pixels `begin` to `end` of an image.
 
     Args:
-        condition: on `first`, the first pixel; the tiles of each size follow those of the one before.
         vectors, pixels: of a tile.
         stride, readable: floats between two channels of what a tile multiplies, and floats of each to read.
     """
 
     name: str
-    condition: str
+    begin: int
+    end: int
     vectors: int
     pixels: int
     stride: int
@@ -124,7 +114,6 @@ class PointwiseDepthwiseTemplate(DepthwisePlanesTemplate):
         lanes, registers = vectors_of_isa()
         super().__init__(input_nodes, layout, num_threads, images=images, conv=conv, lanes=lanes)
         self.in_channels, self.height, self.activation = in_channels, height, activation
-        self.rows = band_rows(int(conv.output_size[0]), self.num_threads)
         self.pixel_tile = pixel_tiles(height, lanes, registers)[-1]
         self.flush = LONGEST_ROW
         self.image_pixels = int(conv.input_size[0]) * int(conv.input_size[1])
@@ -150,27 +139,15 @@ class PointwiseDepthwiseTemplate(DepthwisePlanesTemplate):
         return -(-self.image_pixels // tile.lanes) * tile.lanes
 
     def _pixel_tiles(self, tile: PixelTile) -> list[PixelTiles]:
-        """Large tiles, single vectors, and the last one of the image if it is not whole."""
-        pixels, lanes = self.image_pixels, tile.lanes
-        vectors, _ = even_vectors(self._band_pixels(), tile, 1)
-        stride = self._pitch(tile) if self.panel else pixels
-        whole = self._pitch(tile) if self.panel else pixels
+        """Tiles of even size, and the last one of an image."""
+        pixels, pitch = self.image_pixels, self._pitch(tile)
+        vectors, last = even_vectors(pixels, tile, 1)
+        end = pitch - last * tile.lanes
+        kinds = [("RegisterTile", 0, end, vectors), ("LastTile", end, pitch, last)]
 
-        def tiles(name: str, vectors: int, readable: int, condition: str) -> PixelTiles:
-            return PixelTiles(name, condition, vectors, vectors * lanes, stride, readable)
+        def tiles(name: str, begin: int, stop: int, vectors: int) -> PixelTiles:
+            size = vectors * tile.lanes
+            stride, readable = (pitch, size) if self.panel else (pixels, min(size, pixels - begin))
+            return PixelTiles(name, begin, stop, vectors, size, stride, readable)
 
-        size = vectors * lanes
-        kinds = [
-            tiles("RegisterTile", vectors, size, f"< end && first + {size} <= {whole}"),
-            tiles("VectorTile", 1, lanes, f"< end && first + {lanes} <= {whole}"),
-            tiles("LastTile", 1, whole % lanes, "< end"),
-        ]
-        return kinds if whole % lanes else kinds[:2]
-
-    def _band_pixels(self) -> int:
-        """Input pixels of a thread's band of a single image."""
-        g = self.conv
-        parts = -(-int(g.output_size[0]) // self.rows)
-        rows = -(-parts // min(parts, self.num_threads)) * self.rows
-        reach = (rows - 1) * g.stride[0] + (g.kernel_size[0] - 1) * g.dilation[0] + 1
-        return min(int(g.input_size[0]), reach) * int(g.input_size[1])
+        return [tiles(*kind) for kind in kinds if kind[1] < kind[2]]

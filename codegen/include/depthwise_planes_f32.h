@@ -16,12 +16,6 @@ template <
 struct PlaneGeometry {
   static constexpr int64_t KH = KH_, KW = KW_, H = H_, W = W_, OW = OW_, STRIDE_H = STRIDE_H_, STRIDE_W = STRIDE_W_;
   static constexpr int64_t DILATION_H = DILATION_H_, DILATION_W = DILATION_W_, PAD_TOP = PAD_TOP_, PAD_LEFT = PAD_LEFT_;
-
-  // The input rows [first, end) that output rows [oh, oh_end) read.
-  static int64_t first_row(int64_t oh) { return std::min(H, std::max<int64_t>(0, oh * STRIDE_H - PAD_TOP)); }
-  static int64_t end_row(int64_t oh_end) {
-    return std::min(H, std::max<int64_t>(0, (oh_end - 1) * STRIDE_H - PAD_TOP + (KH - 1) * DILATION_H + 1));
-  }
 };
 
 // A bit for each of `count` columns from `column` on that lies in the image.
