@@ -23,6 +23,7 @@ from .gpu_devices import GpuSpec
 from .layouts import Layouts
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
+from .pointwise_depthwise import is_fused
 from .roofline import Cost, Hints, symbolic, value
 
 MARGIN = 0.95
@@ -54,17 +55,19 @@ def sparse_cost(
         pattern: the kept tiles; or a block shape, for tiles of that `density` spread evenly.
         variant: name of the kernel variant; by default, on GPUs, the best one.
         config: the kernel's parameters; by default, on GPUs, the best of those that the variant offers. On
-            CPUs only layouts count.
+            CPUs only layouts count, and whether it is fused with the depthwise layer behind.
 
     Raises:
         OptionError: if no such kernel runs on this GPU.
     """
     if not isinstance(device, GpuSpec):
         if variant == cpu_spmm.SPMM.name:
-            layouts = Layouts.of(config or {})
-            return spmm_roofline.sparse_rows_cost(site, pattern, device, layouts, density=density)
+            layouts, fused = Layouts.of(config or {}), is_fused(config or {})
+            return spmm_roofline.sparse_rows_cost(
+                site, pattern, device, layouts, density=density, fused=fused
+            )
         if variant == depthwise.DEPTHWISE.name:
-            return depthwise.depthwise_cost(site, device, Layouts.of(config or {}))
+            return depthwise.depthwise_cost(site, device, Layouts.of(config or {}), is_fused(config or {}))
         if variant == amx_variant.AMX.name:
             return amx_roofline.amx_cost(site, pattern, device, variant, density=density)
         return roofline.sparse_cost(site, pattern, device, variant, density=density)

@@ -29,6 +29,9 @@ LARGEST_FILTER = 49
 RATE = 0.55
 """Of peak, with rows of 7 pixels and more; fitted to MobileNets. A device's `efficiency` may know better."""
 
+STRIDED_FUSED = 2.0
+"""Time of a vector of every second input over that of one of neighbours, out of the cache."""
+
 STRIDED, IN_PARTS = 4.0, 3.5
 """Time of a channels-first vector of every second input, and of one of several in a row, over that of a
 vector that is a whole row of neighbours; measured on Zen 5."""
@@ -76,19 +79,26 @@ def depthwise_pattern(site: Site) -> list[BlockPattern]:
     return [] if DEPTHWISE.unsupported(site, pattern) else [pattern]
 
 
-def depthwise_cost(site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST) -> Cost:
-    """A depthwise layer on `DEPTHWISE`: vectors run along channels, or along rows if those lie first."""
+def depthwise_cost(
+    site: Site, device: DeviceSpec, layouts: Layouts = CHANNELS_LAST, fused: bool = False
+) -> Cost:
+    """A depthwise layer on `DEPTHWISE`: vectors run along channels, or along rows if those lie first.
+
+    Args:
+        fused: with the 1x1 convolution in front, channels first: its input is in the cache.
+    """
     taps = math.prod(site.kernel_size)
     flops = 2 * positions(site) * site.out_channels * taps * inside_fraction(site)
-    traffic = activation_bytes(site) + 4 * site.out_channels * taps
-    waste = _row_waste(site, device) if layouts.reads_first else _channel_waste(site, device)
+    outputs = 4 * positions(site) * site.out_channels
+    traffic = (outputs if fused else activation_bytes(site)) + 4 * site.out_channels * taps
+    waste = _row_waste(site, device, fused) if layouts.reads_first else _channel_waste(site, device)
     rate = device.efficiency.get(DEPTHWISE.name, RATE)
     return Cost(
         flops,
         traffic,
         flops * waste / (rate * device.peak_flops_per_second()),
         memory_seconds(traffic, device),
-        sympy.Float(device.sparse_call_seconds),
+        sympy.Float(0.0 if fused else device.sparse_call_seconds),
     )
 
 
@@ -98,10 +108,12 @@ def _channel_waste(site: Site, device: DeviceSpec) -> float:
     return -(-site.in_channels // lanes) * lanes / site.in_channels
 
 
-def _row_waste(site: Site, device: DeviceSpec) -> float:
+def _row_waste(site: Site, device: DeviceSpec, fused: bool) -> float:
     """The same along output rows, half vectors serving the shortest; and what else takes time there."""
     width = int(site.output_spatial[-1])
     lanes = min(device.vector_lanes, 8 if width <= 8 else 16)
     filled = -(-width // lanes) * lanes / width
-    slower = (IN_PARTS if width > lanes else 1) * (STRIDED if site.stride[-1] > 1 else 1)
+    slower = 1.0 if fused else IN_PARTS if width > lanes else 1.0
+    if site.stride[-1] > 1:
+        slower *= STRIDED_FUSED if fused else STRIDED
     return filled * device.vector_lanes / lanes * slower

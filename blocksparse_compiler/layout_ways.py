@@ -14,6 +14,7 @@ from .devices import DeviceSpec
 from .layouts import CHANNELS_FIRST, CHANNELS_LAST, Layouts
 from .pattern import BlockPattern
 from .plan import DENSE, Decision
+from .pointwise_depthwise import FUSE
 from .roofline import Hints, memory_seconds, value
 
 ALL_LAYOUTS = tuple(Layouts(reads, writes) for reads in (False, True) for writes in (False, True))
@@ -56,13 +57,18 @@ def may_run_channels_first(decision: Decision) -> bool:
 
 
 def channels_first_ways(
-    decision: Decision, pattern: BlockPattern, device: DeviceSpec, hints: Hints | None = None
+    decision: Decision,
+    pattern: BlockPattern,
+    device: DeviceSpec,
+    hints: Hints | None = None,
+    fusible: bool = False,
 ) -> Iterator[Way]:
     """What may be cheaper than the decision where neighbours lie channels first.
 
     Args:
         pattern: the layer's weight in the blocks of such a kernel. Its time channels last is known; those in
             other layouts keep its scale to the estimate.
+        fusible: a 1x1 convolution and a depthwise one that run in one kernel if both lie channels first.
     """
     site = decision.site
     kernel = SPMM.name if SPMM.unsupported(site, pattern) is None else DEPTHWISE.name
@@ -70,7 +76,10 @@ def channels_first_ways(
     config = decision.config if decided else variants.VARIANTS[kernel].configs(site, pattern, device)[0]
 
     def estimate(layouts: Layouts) -> float:
-        return cost.sparse_cost(site, pattern, device, kernel, config=layouts.parameters).evaluate(hints)
+        config = layouts.parameters
+        if fusible and layouts == CHANNELS_FIRST:
+            config[FUSE] = "depthwise"
+        return cost.sparse_cost(site, pattern, device, kernel, config=config).evaluate(hints)
 
     def parameters(layouts: Layouts) -> Mapping[str, int | str]:
         if kernel == SPMM.name and layouts != CHANNELS_LAST:

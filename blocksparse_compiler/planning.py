@@ -19,6 +19,7 @@ from .passes.choose_training import choose_training
 from .passes.fixed_weights import FixedWeights
 from .passes.fold_batch_norm import fold_batch_norm
 from .passes.fold_constants import fold_constants
+from .passes.fuse_depthwise import choose_fusions
 from .passes.permute_channels import permute_channels
 from .pattern import BlockShape
 from .plan import Plan
@@ -46,7 +47,7 @@ def plan(
     fold_batch_norm(copied)
     permute_channels(copied)
     chosen = choose_kernels(copied, spec, block_shape=block_shape, allow_dense=allow_dense, hints=hints)
-    return choose_layouts(copied, chosen, spec, hints=hints)
+    return choose_fusions(copied, choose_layouts(copied, chosen, spec, hints=hints))
 
 
 def plan_training(

@@ -8,7 +8,7 @@ to write its output to memory and read it again, which one kernel for both never
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,14 @@ from torch import Tensor
 from .errors import PlanError
 from .ops import LIBRARY, conv_output, dense_conv, layout_of
 from .packing import unpack_weight
+
+FUSE = "fuse"
+"""A parameter of both layers' kernels, whose value is `"depthwise"`: they run as one."""
+
+
+def is_fused(config: Mapping[str, int | str]) -> bool:
+    return config.get(FUSE) == "depthwise"
+
 
 _SCHEMA = (
     "pointwise_depthwise(Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor row_bias, "

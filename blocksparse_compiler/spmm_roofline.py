@@ -38,13 +38,20 @@ def sparse_rows_cost(
     layouts: Layouts = CHANNELS_LAST,
     *,
     density: float = 1.0,
+    fused: bool = False,
 ) -> Cost:
-    """A pointwise or linear layer on `cpu_f32_spmm`; other arguments as those of `roofline.sparse_cost`."""
+    """A pointwise or linear layer on `cpu_f32_spmm`; other arguments as those of `roofline.sparse_cost`.
+
+    Args:
+        fused: with the depthwise layer behind, in a kernel whose threads share output channels.
+    """
     if isinstance(pattern, BlockPattern):
         height, blocks = pattern.block_shape[0], float(pattern.num_kept)
     else:
         height, blocks = pattern[0], density * weight_elements(site) / pattern[0]
     row_threads = cpu_spmm.split_rows(site, device, layouts)
+    if fused:
+        row_threads = device.threads if site.input_shape[0] == 1 else 1
     tile = cpu_spmm.pixel_tile(height, site, device, row_threads, layouts)
     images = symbolic(site.input_shape[0]) if layouts != CHANNELS_LAST else sympy.Integer(1)
     panels = images * sympy.ceiling(positions(site) / images / tile.pixels)
@@ -62,15 +69,20 @@ def sparse_rows_cost(
         turns * panel,
         memory_seconds(traffic, device),
         # transposes wait for what they read
-        device.sparse_call_seconds + turns * transposes + _exchange_seconds(site, device, row_threads),
+        device.sparse_call_seconds + turns * transposes + _exchange_seconds(site, device, layouts),
     )
 
 
-def _exchange_seconds(site: Site, device: DeviceSpec, row_threads: int) -> sympy.Expr:
-    """Where threads share out channels for the sake of a layout, but pixels in the layers around."""
-    if row_threads == cpu_spmm.split_rows(site, device):
+def _exchange_seconds(site: Site, device: DeviceSpec, layouts: Layouts) -> sympy.Expr:
+    """To take channels-first input from the caches of other cores.
+
+    Threads share the channels of an image there, so that each has written but its share of what it reads.
+    Those that share images, or pixels channels last, read what they have written.
+    """
+    images = symbolic(site.input_shape[0])
+    if not layouts.reads_first or device.threads == 1 or (images.is_number and images >= device.threads):
         return sympy.S.Zero
-    others = _BYTES * positions(site) * (site.in_channels + site.out_channels) * (1 - 1 / row_threads)
+    others = _BYTES * sympy.Mul(*map(symbolic, site.input_shape)) * (1 - 1 / device.threads)
     return others / OTHER_CORE_BYTES_PER_SECOND
 
 

@@ -139,15 +139,15 @@ class PointwiseDepthwiseTemplate(DepthwisePlanesTemplate):
         return -(-self.image_pixels // tile.lanes) * tile.lanes
 
     def _pixel_tiles(self, tile: PixelTile) -> list[PixelTiles]:
+        """Tiles of even size, and the last one of an image."""
         pixels, pitch = self.image_pixels, self._pitch(tile)
         vectors, last = even_vectors(pixels, tile, 1)
-        size = vectors * tile.lanes
         end = pitch - last * tile.lanes
         kinds = [("RegisterTile", 0, end, vectors), ("LastTile", end, pitch, last)]
-        return [
-            PixelTiles(name, begin, stop, n, n * tile.lanes, pitch, n * tile.lanes)
-            if self.panel
-            else PixelTiles(name, begin, stop, n, n * tile.lanes, pixels, min(size, pixels - begin))
-            for name, begin, stop, n in kinds
-            if begin < stop
-        ]
+
+        def tiles(name: str, begin: int, stop: int, vectors: int) -> PixelTiles:
+            size = vectors * tile.lanes
+            stride, readable = (pitch, size) if self.panel else (pixels, min(size, pixels - begin))
+            return PixelTiles(name, begin, stop, vectors, size, stride, readable)
+
+        return [tiles(*kind) for kind in kinds if kind[1] < kind[2]]

@@ -14,6 +14,7 @@ from .find_sites import find_sites
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .fold_zero_blocks import fold_zero_blocks
+from .fuse_depthwise import choose_fusions, fuse_depthwise
 from .insert_block_scales import insert_block_scales
 from .lower_quantized import lower_quantized
 from .lower_sites import lower_sites
@@ -26,6 +27,7 @@ __all__ = [
     "PIPELINE",
     "PassContext",
     "apply_pattern",
+    "choose_fusions",
     "choose_kernels",
     "choose_layouts",
     "choose_training",
@@ -33,6 +35,7 @@ __all__ = [
     "fold_batch_norm",
     "fold_constants",
     "fold_zero_blocks",
+    "fuse_depthwise",
     "insert_block_scales",
     "lower_quantized",
     "lower_sites",

@@ -35,6 +35,7 @@ from ..zero_blocks import zero_block_patterns
 from .calls import layer_call, norm_call, op_name, size_of, tensor_meta
 from .channel_axes import MEANS, POINTWISE, POOLS
 from .choose_kernels import traced_sizes
+from .fuse_depthwise import fusible
 from .lower_sites import is_channels_last
 from .permute_channels import NOTE
 from .static_values import StaticValues
@@ -88,8 +89,17 @@ class _Choice:
         self._layers = {decision.site.node: decision for decision in plan}
         self._ways: dict[str, list[Way]] = {}
         self._sides: dict[str, tuple[Node, Node]] = {}
+        self._fusible = set(self._fusible_layers(gm))
         for node in gm.graph.nodes:
             self._visit(node)
+
+    def _fusible_layers(self, gm: GraphModule) -> Iterator[str]:
+        """Names of 1x1 and depthwise convolutions that could share a kernel."""
+        for node in gm.graph.nodes:
+            first, behind = self._layers.get(node.name), fusible(node)
+            second = self._layers.get(behind.depthwise.name) if behind else None
+            if first and second and SPMM.name in _kernels(first) and DEPTHWISE.name in _kernels(second):
+                yield from (node.name, second.site.node)
 
     # ---- what nodes cost --------------------------------------------------------------------------
 
@@ -136,7 +146,8 @@ class _Choice:
         if may_run_channels_first(decision) and self._may_lie_first(x) and self._may_lie_first(node):
             pattern, spec = self._pattern(decision, call.weight), self._spec(decision.site.device)
             if pattern is not None and isinstance(spec, DeviceSpec):
-                self._ways[name] += channels_first_ways(decision, pattern, spec, self.hints)
+                fusible = name in self._fusible
+                self._ways[name] += channels_first_ways(decision, pattern, spec, self.hints, fusible)
         elif not self._may_lie_first(node):
             self._fix(node, False, NEVER)
         table = _table(*(self.units(name, Layouts(i, o)) for i in (False, True) for o in (False, True)))
@@ -219,6 +230,11 @@ class _Choice:
         x, node = self._sides[layer]
         _, way = self.best(layer, Layouts(x in first, node in first))
         return old if way is self._ways[layer][0] else _carried_out(old, way, node.meta.get(NOTE))
+
+
+def _kernels(decision: Decision) -> set[str]:
+    """Of all candidates."""
+    return {label.partition(" ")[0] for label in decision.estimates}
 
 
 def _carried_out(old: Decision, way: Way, note: str | None) -> Decision:

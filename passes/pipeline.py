@@ -16,10 +16,12 @@ from ..devices import device as present_device
 from ..layouts import CHANNELS_LAST, Layouts
 from ..pattern import BlockShape
 from ..plan import Plan
+from ..pointwise_depthwise import is_fused
 from .choose_kernels import choose_kernels
 from .choose_layouts import choose_layouts
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
+from .fuse_depthwise import choose_fusions, fuse_depthwise
 from .lower_quantized import lower_quantized
 from .lower_sites import lower_sites
 from .permute_channels import permute_channels
@@ -66,14 +68,22 @@ def _choose_layouts(gm: GraphModule, context: PassContext) -> int:
     return sum(Layouts.of(decision.config) != CHANNELS_LAST for decision in context.plan)
 
 
+def _choose_fusions(gm: GraphModule, context: PassContext) -> int:
+    if context.given_plan is None:
+        context.plan = choose_fusions(gm, context.plan)
+    return sum(is_fused(decision.config) for decision in context.plan) // 2
+
+
 PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
     ("fold_constants", lambda gm, _: fold_constants(gm)),
     ("fold_batch_norm", lambda gm, _: fold_batch_norm(gm)),
     ("permute_channels", lambda gm, _: permute_channels(gm)),
     ("choose_kernels", _choose),
     ("choose_layouts", _choose_layouts),
+    ("choose_fusions", _choose_fusions),
     ("lower_quantized", lambda gm, context: lower_quantized(gm, context.plan)),
     ("lower_sites", lambda gm, context: lower_sites(gm, context.plan)),
+    ("fuse_depthwise", lambda gm, _: fuse_depthwise(gm)),
 )
 
 
