@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,10 +104,23 @@ def _reference(
 
 
 def _fake(
-    x: Tensor, values: Tensor, row_ptr: Tensor, tile_index: Tensor, row_bias: Tensor, *rest: Any
+    x: Tensor,
+    values: Tensor,
+    row_ptr: Tensor,
+    tile_index: Tensor,
+    row_bias: Tensor,
+    activation: str,
+    weight: Tensor,
+    bias: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    channels_last: bool,
+    kernel: str,
 ) -> Tensor:
-    _, _, _, *geometry, channels_last, _ = rest
-    return conv_output(x, x.dtype, row_bias.shape[0], *geometry, channels_last)
+    hidden = row_bias.shape[0]
+    return conv_output(x, x.dtype, hidden, kernel_size, stride, padding, dilation, channels_last)
 
 
 LIBRARY.impl("pointwise_depthwise", _reference, "CompositeExplicitAutograd")

@@ -29,8 +29,8 @@ class DepthwisePlanesTemplate(BlockSparseTemplate):
     """
 
     source = "cpu_f32_depthwise_planes.cpp.jinja"
-    headers = ("block_sparse.h", "depthwise_planes_f32.h")
-    operands = ("Weight",)
+    headers: tuple[str, ...] = ("block_sparse.h", "depthwise_planes_f32.h")
+    operands: tuple[str, ...] = ("Weight",)
 
     def __init__(
         self, input_nodes: Any, layout: Any, num_threads: int, *, images: Size, conv: ConvGeometry, lanes: int

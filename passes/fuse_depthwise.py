@@ -76,7 +76,7 @@ def _only_user(node: Node) -> Node | None:
 
 
 _PLAIN = {"relu", "hardswish", "silu"}
-_BOUNDS = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (None, None)}
+_BOUNDS: dict[str, tuple[Any, Any]] = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (None, None)}
 
 
 def _activation(node: Node) -> Activation | None:
@@ -91,9 +91,13 @@ def _activation(node: Node) -> Activation | None:
     if name != "relu6":
         low = _first(given[0], node.kwargs.get("min_val"), node.kwargs.get("min"), low)
         high = _first(given[1], node.kwargs.get("max_val"), node.kwargs.get("max"), high)
-    if not all(isinstance(bound, int | float) and math.isfinite(bound) for bound in (low, high)):
+    if not _is_number(low) or not _is_number(high):
         return None
     return Activation("clamp", float(low), float(high))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _first(*values: Any) -> Any:
@@ -119,10 +123,10 @@ def _pairs(gm: GraphModule) -> Iterator[tuple[Node, _Behind]]:
 
 
 def _fuse(gm: GraphModule, conv: Node, behind: _Behind) -> None:
-    x, values, row_ptr, tile_index, row_bias, hidden, *_, kernel = conv.args
-    _, weight, bias, *geometry = behind.depthwise.args[:-1]
+    x, values, row_ptr, tile_index, row_bias, hidden, *_, kernel = _arguments(conv)
+    _, weight, bias, *geometry = _arguments(behind.depthwise)[:-1]
     with gm.graph.inserting_before(behind.depthwise):
-        biases = [b or set_constant(gm, "bias", torch.zeros(int(hidden))) for b in (row_bias, bias)]
+        biases = [b or set_constant(gm, "bias", torch.zeros(hidden)) for b in (row_bias, bias)]
         rows = (values, row_ptr, tile_index, biases[0], str(behind.activation))
         new = gm.graph.call_function(
             torch.ops.blocksparse.pointwise_depthwise.default,
@@ -130,8 +134,10 @@ def _fuse(gm: GraphModule, conv: Node, behind: _Behind) -> None:
         )
     new.meta = dict(behind.depthwise.meta)
     behind.depthwise.replace_all_uses_with(new)
-    between = conv.users and next(iter(conv.users))
-    gm.graph.erase_node(behind.depthwise)
-    for node in dict.fromkeys((between, conv)):
-        if isinstance(node, Node) and node is not behind.depthwise:
-            gm.graph.erase_node(node)
+    between = [user for user in conv.users if user is not behind.depthwise]
+    for node in (behind.depthwise, *between, conv):
+        gm.graph.erase_node(node)
+
+
+def _arguments(node: Node) -> tuple[Any, ...]:
+    return node.args
