@@ -154,13 +154,29 @@ def training(data: dict[str, Any]) -> str:
 def sparse_pointwise(data: dict[str, Any]) -> str:
     """MobileNets with scattered zeros in their 1x1 convolutions."""
     lines = [
-        _row("network", "batch", "zeros in 1x1 layers", "blocks", "fastest dense build", "ours", "speed-up"),
-        _row("---", "--:", "--:", "--:", "--:", "--:", "--:"),
+        _row(
+            "network",
+            "batch",
+            "threads",
+            "zeros in 1x1 layers",
+            "blocks",
+            "fastest dense",
+            "ours",
+            "speed-up",
+        ),
+        _row("---", "--:", "--:", "--:", "--:", "--:", "--:", "--:"),
     ]
     for row in data["rows"]:
         dense = row["dense"][row["best_dense"]]["median_ms"]
         times = f"{dense:.1f} ms", f"{row['ours']['median_ms']:.1f} ms"
-        cells = (TITLES.get(row["model"], row["model"]), row["batch"], f"{row['sparsity']:.0%}", row["block"])
+        threads = row.get("threads", data["machine"]["threads"])
+        cells = (
+            TITLES.get(row["model"], row["model"]),
+            row["batch"],
+            threads,
+            f"{row['sparsity']:.0%}",
+            row["block"],
+        )
         lines.append(_row(*cells, *times, f"**{row['speedup']:.2f}×**"))
     return "\n".join(lines)
 

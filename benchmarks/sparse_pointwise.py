@@ -64,6 +64,7 @@ def measure(
         yield {
             "model": name,
             "batch": batch,
+            "threads": torch.get_num_threads(),
             "sparsity": sparsity,
             "block": f"{height}x1",
             **report.compared(dense, all_ours[best_ours]),
@@ -75,13 +76,25 @@ def measure(
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     table = Table(title="sparse 1x1 convolutions, fp32: fastest dense build against ours")
-    for column in ("model", "batch", "zeros", "block", "sparse layers", "dense ms", "ours ms", "speed-up"):
+    for column in (
+        "model",
+        "batch",
+        "threads",
+        "zeros",
+        "block",
+        "sparse layers",
+        "dense ms",
+        "ours ms",
+        "speed-up",
+    ):
         table.add_column(column, justify="left" if column == "model" else "right")
     for r in rows:
         dense = f"{r['dense'][r['best_dense']]['median_ms']:.2f} {r['best_dense']}"
         layers = f"{r['sparse_layers']} of {r['sparse_layers'] + r['dense_layers']}"
-        shown = (r["model"], str(r["batch"]), f"{r['sparsity']:.0%}", r["block"], layers, dense)
-        table.add_row(*shown, f"{r['ours']['median_ms']:.2f}", f"{r['speedup']:.2f}")
+        sizes = (str(r["batch"]), str(r["threads"]), f"{r['sparsity']:.0%}", r["block"])
+        table.add_row(
+            r["model"], *sizes, layers, dense, f"{r['ours']['median_ms']:.2f}", f"{r['speedup']:.2f}"
+        )
     report.console.print(table)
 
 
@@ -90,6 +103,7 @@ def run(
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1],  # noqa: B006
     sparsity: Annotated[list[float], typer.Option(help="Zeros of 1x1 convolutions; default per model.")] = [],  # noqa: B006
     height: Annotated[list[int], typer.Option(help="Output channels of a block.")] = [1, 4],  # noqa: B006
+    threads: Annotated[int, typer.Option(help="0: as many as torch takes by itself.")] = 0,
     budget: Annotated[float, typer.Option(help="Seconds of timing per model and batch.")] = 5.0,
     merge: Annotated[bool, typer.Option(help="Keep the other rows of an existing results file.")] = False,
     name: Annotated[str, typer.Option(help="Results are written as <name>.json.")] = "sparse_pointwise",
@@ -99,14 +113,17 @@ def run(
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(zoo.NETWORKS)}")
     keep_freed_memory()
+    all_threads = torch.get_num_threads()
+    torch.set_num_threads(threads or all_threads)
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
         for network in model:
             wanted = tuple(sparsity) or SPARSITIES.get(network, (0.9,))
             for size in batch:
                 rows += measure(network, size, wanted, tuple(height), budget)
+    torch.set_num_threads(all_threads)
     print_rows(rows)
-    report.publish(name, rows, ("model", "batch", "sparsity", "block"), merged=merge)
+    report.publish(name, rows, ("model", "batch", "threads", "sparsity", "block"), merged=merge)
 
 
 if __name__ == "__main__":

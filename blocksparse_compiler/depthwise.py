@@ -26,6 +26,9 @@ from .roofline import Cost, activation_bytes, inside_fraction, memory_seconds, p
 LARGEST_FILTER = 49
 """Taps; larger filters than 7x7 are not depthwise layers that anybody trains for speed."""
 
+LARGEST_STRIDE = 4
+"""Of columns, channels first: a mask of 64 bits covers what a vector of 16 passes."""
+
 RATE = 0.55
 """Of peak, with rows of 7 pixels and more; fitted to MobileNets. A device's `efficiency` may know better."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from . import cost, variants
 from .candidate_cost import MARGIN
 from .cpu_spmm import SPMM
-from .depthwise import DEPTHWISE
+from .depthwise import DEPTHWISE, LARGEST_STRIDE
 from .devices import DeviceSpec
 from .layouts import CHANNELS_FIRST, CHANNELS_LAST, Layouts
 from .pattern import BlockPattern
@@ -72,6 +72,8 @@ def channels_first_ways(
     """
     site = decision.site
     kernel = SPMM.name if SPMM.unsupported(site, pattern) is None else DEPTHWISE.name
+    if kernel == DEPTHWISE.name and site.stride[-1] > LARGEST_STRIDE:
+        return
     decided = decision.kernel == kernel
     config = decision.config if decided else variants.VARIANTS[kernel].configs(site, pattern, device)[0]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..depthwise import LARGEST_STRIDE
 from .cpu_template import BlockSparseTemplate
 from .epilogue import clamp_natively, unroll
+from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, Size, even_segment
 
 MOST_ROWS = 8
@@ -16,6 +18,11 @@ MOST_ROWS = 8
 def vector_of(lanes: int, columns: int) -> int:
     """Floats of a vector: half of AVX-512's for rows that would leave more than half of it empty."""
     return lanes // 2 if lanes == 16 and columns <= lanes // 2 else lanes
+
+
+def check_stride(conv: ConvGeometry) -> None:
+    if conv.stride[1] > LARGEST_STRIDE:
+        raise Unsupported(f"stride {conv.stride[1]} of a channels-first depthwise convolution")
 
 
 class DepthwisePlanesTemplate(BlockSparseTemplate):

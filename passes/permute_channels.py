@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..channel_classes import MOST_CLASSES, channel_classes, grouped_order, has_few_classes
+from ..cpu_spmm import BLOCK_SHAPES
 from ..zero_blocks import zero_block_patterns
 from .channel_axes import Axis, ChannelAxes, Reader
 from .static_values import StaticValues, erase_unused, set_constant
@@ -79,7 +80,9 @@ def _hides_tiles(mask: Tensor) -> bool:
     """Whether channels repeat each other's zeros, in an order that leaves few tiles without a weight."""
     if not (has_few_classes(mask.flatten(1)) or has_few_classes(mask.transpose(0, 1).flatten(1))):
         return False
-    patterns = zero_block_patterns(mask, 1, [(n, n) for n in (16, 8, 4) if n <= min(mask.shape[:2])])
+    shapes = [(n, n) for n in (16, 8, 4) if n <= min(mask.shape[:2])]
+    shapes += [shape for shape in BLOCK_SHAPES if 1 < shape[0] <= mask.shape[0]]
+    patterns = zero_block_patterns(mask, 1, shapes)
     visible = min((pattern.density for pattern in patterns), default=1.0)
     return visible > 1.1 * float(mask.float().mean())
 

@@ -122,6 +122,14 @@ def test_tricky_geometries_channels_first():
     check(TRICKY_PLANES, FIRST)
 
 
+def test_long_strides_channels_first_fall_back_to_the_operator():
+    layer = Layer(Case((1, 4, 9, 40), stride=(1, 5)), FIRST)
+    x = layer.input()
+    out, source = run(layer, x, dynamic=False)
+    torch.testing.assert_close(out.double(), layer.reference(x), rtol=1e-4, atol=1e-5)
+    assert "PlaneTile<" not in source
+
+
 @st.composite
 def cases(draw):
     kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
