@@ -43,7 +43,7 @@ def test_explain_says_what_runs_in_integers():
     plan = bsc.explain(ResidualNet().eval(), torch.randn(8, 3, 56, 56), device="avx512-2core")
     decision = plan.plan.decisions[1]
     assert decision.kernel == "cpu_int8" and "cpu_int8" in str(plan)
-    assert decision.estimates["dense"] < 1e-3  # in integers as well: fp32 takes 3.4 ms
+    assert decision.estimates["dense"] < 1.5e-3  # in integers as well: fp32 takes 3.4 ms
 
 
 class Net(nn.Module):
