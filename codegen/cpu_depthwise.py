@@ -10,7 +10,7 @@ import torch
 from ..layouts import Layouts
 from ..variants import KernelConfig
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
-from .cpu_depthwise_planes import DepthwisePlanesTemplate, check_stride
+from .cpu_depthwise_planes import DepthwisePlanesTemplate
 from .cpu_template import BlockSparseTemplate
 from .epilogue import clamp_natively, unroll
 from .inductor_api import ir, lowerings, parallel_num_threads
@@ -61,7 +61,6 @@ def is_channels_first(kernel: str) -> bool:
 
 def _lower_planes(x: Any, operands: list[Any], *geometry: Sequence[int]) -> Any:
     x, conv = channels_first_conv(x, *geometry)
-    check_stride(conv)
     n, channels = x.get_size()[:2]
     nodes = kernel_inputs([x, *operands])
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, channels, *conv.output_size])

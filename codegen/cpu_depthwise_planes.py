@@ -20,11 +20,6 @@ def vector_of(lanes: int, columns: int) -> int:
     return lanes // 2 if lanes == 16 and columns <= lanes // 2 else lanes
 
 
-def check_stride(conv: ConvGeometry) -> None:
-    if conv.stride[1] > LARGEST_STRIDE:
-        raise Unsupported(f"stride {conv.stride[1]} of a channels-first depthwise convolution")
-
-
 class DepthwisePlanesTemplate(BlockSparseTemplate):
     """One depthwise convolution, channels first.
 
@@ -33,6 +28,9 @@ class DepthwisePlanesTemplate(BlockSparseTemplate):
         layout: output, `[n, c, oh, ow]`, contiguous.
         lanes: floats of a vector of the CPU.
         Others as `BlockSparseTemplate`.
+
+    Raises:
+        Unsupported: for a stride beyond `LARGEST_STRIDE`.
     """
 
     source = "cpu_f32_depthwise_planes.cpp.jinja"
@@ -42,6 +40,8 @@ class DepthwisePlanesTemplate(BlockSparseTemplate):
     def __init__(
         self, input_nodes: Any, layout: Any, num_threads: int, *, images: Size, conv: ConvGeometry, lanes: int
     ) -> None:
+        if conv.stride[1] > LARGEST_STRIDE:
+            raise Unsupported(f"stride {conv.stride[1]} of a channels-first depthwise convolution")
         super(BlockSparseTemplate, self).__init__("depthwise", input_nodes, layout, num_threads)
         self.images, self.conv = images, conv
         self.rows = even_segment(int(conv.output_size[0]), MOST_ROWS)

@@ -15,7 +15,7 @@ import torch
 from ..cpu_spmm import PixelTile, pixel_tiles
 from ..pointwise_depthwise import Activation
 from .conv_inputs import channels_first_conv, vectors_of_isa
-from .cpu_depthwise_planes import DepthwisePlanesTemplate, check_stride
+from .cpu_depthwise_planes import DepthwisePlanesTemplate
 from .cpu_spmm_lowering import LONGEST_ROW
 from .cpu_spmm_template import even_vectors
 from .inductor_api import ir, parallel_num_threads
@@ -50,7 +50,6 @@ def lower_pointwise_depthwise(
     if x.get_device().type != "cpu" or x.get_dtype() != torch.float32:
         raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
     x, conv = channels_first_conv(x, kernel_size, stride, padding, dilation)
-    check_stride(conv)
     n, in_channels = x.get_size()[:2]
     hidden = int(row_bias.get_size()[0])
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, hidden, *conv.output_size])

@@ -35,7 +35,7 @@ from ..zero_blocks import zero_block_patterns
 from .calls import layer_call, norm_call, op_name, size_of, tensor_meta
 from .channel_axes import MEANS, POINTWISE, POOLS
 from .choose_kernels import traced_sizes
-from .fuse_depthwise import fusible
+from .fuse_depthwise import fusible_layers
 from .lower_sites import is_channels_last
 from .permute_channels import NOTE
 from .static_values import StaticValues
@@ -89,17 +89,15 @@ class _Choice:
         self._layers = {decision.site.node: decision for decision in plan}
         self._ways: dict[str, list[Way]] = {}
         self._sides: dict[str, tuple[Node, Node]] = {}
-        self._fusible = set(self._fusible_layers(gm))
+        self._fusible = set(self._fusible_layers(gm, plan))
         for node in gm.graph.nodes:
             self._visit(node)
 
-    def _fusible_layers(self, gm: GraphModule) -> Iterator[str]:
+    def _fusible_layers(self, gm: GraphModule, plan: Plan) -> Iterator[str]:
         """Names of 1x1 and depthwise convolutions that could share a kernel."""
-        for node in gm.graph.nodes:
-            first, behind = self._layers.get(node.name), fusible(node)
-            second = self._layers.get(behind.depthwise.name) if behind else None
-            if first and second and SPMM.name in _kernels(first) and DEPTHWISE.name in _kernels(second):
-                yield from (node.name, second.site.node)
+        for first, second in fusible_layers(gm, plan):
+            if SPMM.name in _kernels(first) and DEPTHWISE.name in _kernels(second):
+                yield from (first.site.node, second.site.node)
 
     # ---- what nodes cost --------------------------------------------------------------------------
 

@@ -29,15 +29,11 @@ from .static_values import set_constant
 def choose_fusions(gm: GraphModule, plan: Plan) -> Plan:
     """`plan`, in which the layers that run in one kernel with the next one say so. Changes nothing else."""
     changed: dict[str, Decision] = {}
-    layers = {d.site.node: d for d in plan}
-    for node in gm.graph.nodes:
-        first = layers.get(node.name)
-        if first is None or first.kernel != SPMM.name or not _is_channels_first(first):
+    for first, second in fusible_layers(gm, plan):
+        if first.kernel != SPMM.name or second.kernel != DEPTHWISE.name:
             continue
-        behind = fusible(node)
-        second = layers.get(behind.depthwise.name) if behind else None
-        if second is not None and second.kernel == DEPTHWISE.name and _is_channels_first(second):
-            changed[node.name] = _said(first, f"in one kernel with {second.site.name}")
+        if _is_channels_first(first) and _is_channels_first(second):
+            changed[first.site.node] = _said(first, f"in one kernel with {second.site.name}")
             changed[second.site.node] = _said(second, f"in one kernel with {first.site.name}")
     return replace(plan, decisions=tuple(changed.get(d.site.node, d) for d in plan))
 
@@ -52,6 +48,15 @@ def fuse_depthwise(gm: GraphModule) -> int:
     return len(pairs)
 
 
+def fusible_layers(gm: GraphModule, plan: Plan) -> Iterator[tuple[Decision, Decision]]:
+    """Layers between which nothing but an activation stands, of whatever kinds."""
+    layers = {decision.site.node: decision for decision in plan}
+    for node in gm.graph.nodes:
+        behind = _behind(node) if node.name in layers else None
+        if behind is not None and behind.depthwise.name in layers:
+            yield layers[node.name], layers[behind.depthwise.name]
+
+
 class _Behind(NamedTuple):
     """What follows a 1x1 convolution: its only user, or that user's."""
 
@@ -59,7 +64,7 @@ class _Behind(NamedTuple):
     depthwise: Node
 
 
-def fusible(node: Node) -> _Behind | None:
+def _behind(node: Node) -> _Behind | None:
     """What a 1x1 convolution could share a kernel with, were its reader a depthwise convolution."""
     user = _only_user(node)
     activation = _activation(user) if user is not None else None
@@ -117,7 +122,7 @@ def _pairs(gm: GraphModule) -> Iterator[tuple[Node, _Behind]]:
     ops = torch.ops.blocksparse
     for node in gm.graph.find_nodes(op="call_function", target=ops.conv.default):
         config = KernelConfig.decode(node.args[-1])
-        behind = fusible(node) if is_fused(config.parameters) else None
+        behind = _behind(node) if is_fused(config.parameters) else None
         if behind is not None and behind.depthwise.target == ops.depthwise.default:
             yield node, behind
 
@@ -126,7 +131,9 @@ def _fuse(gm: GraphModule, conv: Node, behind: _Behind) -> None:
     x, values, row_ptr, tile_index, row_bias, hidden, *_, kernel = _arguments(conv)
     _, weight, bias, *geometry = _arguments(behind.depthwise)[:-1]
     with gm.graph.inserting_before(behind.depthwise):
-        biases = [b or set_constant(gm, "bias", torch.zeros(hidden)) for b in (row_bias, bias)]
+        biases = [
+            b or set_constant(gm, "bias", torch.zeros(hidden, dtype=torch.float32)) for b in (row_bias, bias)
+        ]
         rows = (values, row_ptr, tile_index, biases[0], str(behind.activation))
         new = gm.graph.call_function(
             torch.ops.blocksparse.pointwise_depthwise.default,
