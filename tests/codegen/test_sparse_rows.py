@@ -323,6 +323,21 @@ def test_strided_layers_rather_read_channels_last():
     assert 2 * seconds(last, 2) < seconds(last, 1), "a quarter of the pixels"
 
 
+def test_threads_that_share_one_image_wait_for_each_others_channels(monkeypatch):
+    def seconds(layouts, threads, batch):
+        device = dataclasses.replace(FIXED, threads=threads)
+        site = conv_site(64, 128, kernel=1, size=16, batch=batch)
+        return sparse_rows_cost(site, (1, 1), device, layouts, density=0.1).evaluate()
+
+    first = Layouts(True, True)
+    cases = [(first, 2, 1), (first, 1, 1), (first, 2, 2), (Layouts(False, True), 2, 1)]
+    counted = [seconds(*case) for case in cases]
+    monkeypatch.setattr("blocksparse_compiler.spmm_roofline.OTHER_CORE_BYTES_PER_SECOND", 1e30)
+    waits = [before - seconds(*case) for before, case in zip(counted, cases, strict=True)]
+    half_of_the_input = 4 * 128 * 16 * 16 / 2
+    assert waits == pytest.approx([half_of_the_input / 10e9, 0, 0, 0], abs=1e-12)
+
+
 def test_single_weights_are_candidates_only_where_they_may_pay():
     def estimates(layer, x):
         (decision,) = choose_kernels(trace(layer.eval(), x), FIXED)
