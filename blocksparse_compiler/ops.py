@@ -150,34 +150,41 @@ def memory_format_of(spatial_dims: int, channels_last: bool) -> torch.memory_for
     return torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
 
 
-def _conv_reference(a: ConvArguments) -> Tensor:
-    tables = (a.values, a.row_ptr, a.tile_index, a.out_channels, a.x.shape[1], a.kernel_size)
-    weight = unpack_weight(*tables, layout_of(a.kernel))
-    return dense_conv(a.x, weight, a.bias, a.window, a.channels_last)
+def _conv_reference(args: ConvArguments) -> Tensor:
+    tables = (
+        args.values,
+        args.row_ptr,
+        args.tile_index,
+        args.out_channels,
+        args.x.shape[1],
+        args.kernel_size,
+    )
+    weight = unpack_weight(*tables, layout_of(args.kernel))
+    return dense_conv(args.x, weight, args.bias, args.window, args.channels_last)
 
 
-def _conv_fake(a: ConvArguments) -> Tensor:
-    return conv_output(a.x, a.x.dtype, a.out_channels, a.window, a.channels_last)
+def _conv_fake(args: ConvArguments) -> Tensor:
+    return conv_output(args.x, args.x.dtype, args.out_channels, args.window, args.channels_last)
 
 
-def _depthwise_reference(a: DepthwiseArguments) -> Tensor:
-    channels = a.x.shape[1]
-    filters = a.weight.t().reshape(channels, 1, *a.kernel_size)
-    return dense_conv(a.x, filters, a.bias, a.window, a.channels_last, groups=channels)
+def _depthwise_reference(args: DepthwiseArguments) -> Tensor:
+    channels = args.x.shape[1]
+    filters = args.weight.t().reshape(channels, 1, *args.kernel_size)
+    return dense_conv(args.x, filters, args.bias, args.window, args.channels_last, groups=channels)
 
 
-def _depthwise_fake(a: DepthwiseArguments) -> Tensor:
-    return conv_output(a.x, a.x.dtype, a.x.shape[1], a.window, a.channels_last)
+def _depthwise_fake(args: DepthwiseArguments) -> Tensor:
+    return conv_output(args.x, args.x.dtype, args.x.shape[1], args.window, args.channels_last)
 
 
-def _linear_reference(a: LinearArguments) -> Tensor:
-    tables = (a.values, a.row_ptr, a.tile_index, a.out_channels, a.x.shape[-1], ())
-    weight = unpack_weight(*tables, layout_of(a.kernel))
-    return torch.nn.functional.linear(a.x, weight, a.bias).contiguous()
+def _linear_reference(args: LinearArguments) -> Tensor:
+    tables = (args.values, args.row_ptr, args.tile_index, args.out_channels, args.x.shape[-1], ())
+    weight = unpack_weight(*tables, layout_of(args.kernel))
+    return torch.nn.functional.linear(args.x, weight, args.bias).contiguous()
 
 
-def _linear_fake(a: LinearArguments) -> Tensor:
-    out: Tensor = a.x.new_empty(*a.x.shape[:-1], a.out_channels)
+def _linear_fake(args: LinearArguments) -> Tensor:
+    out: Tensor = args.x.new_empty(*args.x.shape[:-1], args.out_channels)
     return out
 
 

@@ -90,17 +90,17 @@ class PointwiseDepthwiseArguments(Convolution):
     kernel: str
 
 
-def _reference(a: PointwiseDepthwiseArguments) -> Tensor:
-    hidden = a.row_bias.shape[0]
-    tables = (a.values, a.row_ptr, a.tile_index, hidden, a.x.shape[1], (1, 1))
-    pointwise = unpack_weight(*tables, layout_of(a.kernel))
-    inner = Activation.parse(a.activation)(torch.conv2d(a.x, pointwise, a.row_bias))
-    filters = a.weight.t().reshape(hidden, 1, *a.kernel_size)
-    return dense_conv(inner, filters, a.bias, a.window, a.channels_last, groups=hidden)
+def _reference(args: PointwiseDepthwiseArguments) -> Tensor:
+    hidden = args.row_bias.shape[0]
+    tables = (args.values, args.row_ptr, args.tile_index, hidden, args.x.shape[1], (1, 1))
+    pointwise = unpack_weight(*tables, layout_of(args.kernel))
+    inner = Activation.parse(args.activation)(torch.conv2d(args.x, pointwise, args.row_bias))
+    filters = args.weight.t().reshape(hidden, 1, *args.kernel_size)
+    return dense_conv(inner, filters, args.bias, args.window, args.channels_last, groups=hidden)
 
 
-def _fake(a: PointwiseDepthwiseArguments) -> Tensor:
-    return conv_output(a.x, a.x.dtype, a.row_bias.shape[0], a.window, a.channels_last)
+def _fake(args: PointwiseDepthwiseArguments) -> Tensor:
+    return conv_output(args.x, args.x.dtype, args.row_bias.shape[0], args.window, args.channels_last)
 
 
 define("pointwise_depthwise", PointwiseDepthwiseArguments, _reference, _fake)

@@ -57,31 +57,38 @@ def weight_sums(weight: Tensor) -> Tensor:
     return weight.flatten(1).sum(1, dtype=torch.int32)
 
 
-def _conv_reference(a: QuantizedConvArguments) -> Tensor:
-    tables = (a.values, a.row_ptr, a.tile_index, a.out_channels, a.x.shape[1], a.kernel_size)
-    weight = unpack_weight(*tables, layout_of(a.kernel)).double()
+def _conv_reference(args: QuantizedConvArguments) -> Tensor:
+    tables = (
+        args.values,
+        args.row_ptr,
+        args.tile_index,
+        args.out_channels,
+        args.x.shape[1],
+        args.kernel_size,
+    )
+    weight = unpack_weight(*tables, layout_of(args.kernel)).double()
     # In double: exact up to 2**53, and int32 sums are what the kernels allow.
-    offset = -a.zero_point * a.weight_sums.double()
-    sums = dense_conv(a.x.double(), weight, offset, a.window, a.channels_last, fill=a.zero_point)
-    shape = (-1, *[1] * a.window.dims)
-    out = sums * a.scale.double().view(shape)
-    return (out if a.bias is None else out + a.bias.double().view(shape)).float()
+    offset = -args.zero_point * args.weight_sums.double()
+    sums = dense_conv(args.x.double(), weight, offset, args.window, args.channels_last, fill=args.zero_point)
+    shape = (-1, *[1] * args.window.dims)
+    out = sums * args.scale.double().view(shape)
+    return (out if args.bias is None else out + args.bias.double().view(shape)).float()
 
 
-def _conv_fake(a: QuantizedConvArguments) -> Tensor:
-    return conv_output(a.x, torch.float32, a.out_channels, a.window, a.channels_last)
+def _conv_fake(args: QuantizedConvArguments) -> Tensor:
+    return conv_output(args.x, torch.float32, args.out_channels, args.window, args.channels_last)
 
 
-def _linear_reference(a: QuantizedLinearArguments) -> Tensor:
-    tables = (a.values, a.row_ptr, a.tile_index, a.out_channels, a.x.shape[-1], ())
-    weight = unpack_weight(*tables, layout_of(a.kernel)).double()
-    sums = torch.nn.functional.linear(a.x.double(), weight, -a.zero_point * a.weight_sums.double())
-    out = sums * a.scale.double()
-    return (out if a.bias is None else out + a.bias.double()).float().contiguous()
+def _linear_reference(args: QuantizedLinearArguments) -> Tensor:
+    tables = (args.values, args.row_ptr, args.tile_index, args.out_channels, args.x.shape[-1], ())
+    weight = unpack_weight(*tables, layout_of(args.kernel)).double()
+    sums = torch.nn.functional.linear(args.x.double(), weight, -args.zero_point * args.weight_sums.double())
+    out = sums * args.scale.double()
+    return (out if args.bias is None else out + args.bias.double()).float().contiguous()
 
 
-def _linear_fake(a: QuantizedLinearArguments) -> Tensor:
-    out: Tensor = a.x.new_empty(*a.x.shape[:-1], a.out_channels, dtype=torch.float32)
+def _linear_fake(args: QuantizedLinearArguments) -> Tensor:
+    out: Tensor = args.x.new_empty(*args.x.shape[:-1], args.out_channels, dtype=torch.float32)
     return out
 
 

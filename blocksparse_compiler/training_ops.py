@@ -60,26 +60,26 @@ class WeightGradArguments(Convolution):
     groups: Operand | None = None
 
 
-def _weight_grad_reference(a: WeightGradArguments) -> Tensor:
-    if not a.kernel_size:
-        dense = a.grad.flatten(0, -2).t() @ a.x.flatten(0, -2)
+def _weight_grad_reference(args: WeightGradArguments) -> Tensor:
+    if not args.kernel_size:
+        dense = args.grad.flatten(0, -2).t() @ args.x.flatten(0, -2)
     else:
-        shape = (a.grad.shape[1], a.x.shape[1], *a.kernel_size)
-        zeros = [0] * a.window.dims
+        shape = (args.grad.shape[1], args.x.shape[1], *args.kernel_size)
+        zeros = [0] * args.window.dims
         dense = torch.ops.aten.convolution_backward(
-            a.grad,
-            a.window.pad(a.x),
-            a.grad.new_zeros(shape),
+            args.grad,
+            args.window.pad(args.x),
+            args.grad.new_zeros(shape),
             None,
-            a.stride,
+            args.stride,
             zeros,
-            a.dilation,
+            args.dilation,
             False,
             zeros,
             1,
             [False, True, False],
         )[1]
-    return _tiles_at(dense, a.tile_index, a.block_shape)
+    return _tiles_at(dense, args.tile_index, args.block_shape)
 
 
 def _tiles_at(weight: Tensor, tile_index: Tensor, block_shape: Sequence[int]) -> Tensor:
@@ -90,8 +90,8 @@ def _tiles_at(weight: Tensor, tile_index: Tensor, block_shape: Sequence[int]) ->
     return tiles[row, :, first // bw, :, tap].contiguous()
 
 
-def _weight_grad_fake(a: WeightGradArguments) -> Tensor:
-    out: Tensor = a.grad.new_empty(a.tile_index.shape[1], *a.block_shape)
+def _weight_grad_fake(args: WeightGradArguments) -> Tensor:
+    out: Tensor = args.grad.new_empty(args.tile_index.shape[1], *args.block_shape)
     return out
 
 

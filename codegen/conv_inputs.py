@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..window import Window
@@ -41,24 +41,21 @@ def _geometry(x: Any, input_strides: Sequence[Any], window: Window) -> ConvGeome
 def conv_geometry(
     input_size: Sequence[Any], output_size: Sequence[Any], input_strides: Sequence[Any], window: Window
 ) -> ConvGeometry:
-    height, width = map(as_int, input_size)
-    oh, ow = map(as_int, output_size)
     image, row, pixel = input_strides
-    (kh, kw), (stride_h, stride_w), (dilation_h, dilation_w) = (
-        window.kernel_size,
-        window.stride,
-        window.dilation,
-    )
-    (top, _), (left, _) = window.borders
     return ConvGeometry(
-        input_size=(height, width),
-        output_size=(oh, ow),
+        input_size=_pair(map(as_int, input_size)),
+        output_size=_pair(map(as_int, output_size)),
         input_strides=(image, row, pixel),
-        kernel_size=(kh, kw),
-        stride=(stride_h, stride_w),
-        pad_begin=(top, left),
-        dilation=(dilation_h, dilation_w),
+        kernel_size=_pair(window.kernel_size),
+        stride=_pair(window.stride),
+        pad_begin=_pair(before for before, _ in window.borders),
+        dilation=_pair(window.dilation),
     )
+
+
+def _pair(values: Iterable[Any]) -> tuple[Any, Any]:
+    first, second = values
+    return first, second
 
 
 def row_of_pixels(pixels: Any, step: int) -> ConvGeometry:

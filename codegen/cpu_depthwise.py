@@ -24,13 +24,13 @@ MOST_PIXELS = 8
 """Of a register tile: as many sums as hide the latency of a multiply-add on two units."""
 
 
-def lower_depthwise(a: DepthwiseArguments) -> Any:
-    x, operands = a.x, [a.weight] if a.bias is None else [a.weight, without_offset(a.bias)]
+def lower_depthwise(args: DepthwiseArguments) -> Any:
+    x, operands = args.x, [args.weight] if args.bias is None else [args.weight, without_offset(args.bias)]
     if x.get_device().type != "cpu" or any(t.get_dtype() != torch.float32 for t in (x, *operands)):
         raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
-    if is_channels_first(a.kernel):
-        return _lower_planes(x, operands, a.window)
-    x, conv = channels_last_conv(x, a.window)
+    if is_channels_first(args.kernel):
+        return _lower_planes(x, operands, args.window)
+    x, conv = channels_last_conv(x, args.window)
     n, channels = x.get_size()[0], int(x.get_size()[1])
     lanes = min(16, vectors_of_isa()[0])
     if channels < lanes or not all_static((*conv.input_size, *conv.input_strides[1:])):

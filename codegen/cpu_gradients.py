@@ -37,8 +37,8 @@ def gradient_tile(block_shape: tuple[int, int]) -> GradientTile | None:
     return GradientTile(lanes, vectors, rows)
 
 
-def lower_weight_grad(a: WeightGradArguments) -> Any:
-    (bh, bw), grad, x, window = a.block_shape, a.grad, a.x, a.window
+def lower_weight_grad(args: WeightGradArguments) -> Any:
+    (bh, bw), grad, x, window = args.block_shape, args.grad, args.x, args.window
     if window.dims == 1:
         grad, x, window = images_of_one_row(grad), images_of_one_row(x), window.of_one_row()
     channel_dim = 1 if window.dims else -1
@@ -64,8 +64,8 @@ def lower_weight_grad(a: WeightGradArguments) -> Any:
             for t, c in ((x, in_channels), (grad, out_channels))
         )
         conv = _flat(pixels, in_channels)
-    nodes = kernel_inputs([grad, x, a.tile_index])
-    tiles = int(a.tile_index.get_size()[1])
+    nodes = kernel_inputs([grad, x, args.tile_index])
+    tiles = int(args.tile_index.get_size()[1])
     threads = parallel_num_threads()
     chunk = chunk_rows(images, conv, out_channels + in_channels, threads)
     template = TileGradientTemplate(

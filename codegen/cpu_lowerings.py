@@ -36,12 +36,12 @@ SHORT_SUM = 48
 """A sum of so few products, on average, starts from the bias: adding it at the end would cost over 2 %."""
 
 
-def lower_linear(a: LinearArguments) -> Any:
-    return _lower_linear(Weight(a), a.x)
+def lower_linear(args: LinearArguments) -> Any:
+    return _lower_linear(Weight(args), args.x)
 
 
-def lower_quantized_linear(a: QuantizedLinearArguments) -> Any:
-    return _lower_linear(_QuantizedWeight(a), a.x)
+def lower_quantized_linear(args: QuantizedLinearArguments) -> Any:
+    return _lower_linear(_QuantizedWeight(args), args.x)
 
 
 def _lower_linear(weight: Weight, x: Any) -> Any:
@@ -54,12 +54,12 @@ def _lower_linear(weight: Weight, x: Any) -> Any:
     return reshape(out, [*rows, weight.out_channels])
 
 
-def lower_conv(a: ConvArguments) -> Any:
-    return _lower_conv(Weight(a), a.x, a.window)
+def lower_conv(args: ConvArguments) -> Any:
+    return _lower_conv(Weight(args), args.x, args.window)
 
 
-def lower_quantized_conv(a: QuantizedConvArguments) -> Any:
-    return _lower_conv(_QuantizedWeight(a), a.x, a.window)
+def lower_quantized_conv(args: QuantizedConvArguments) -> Any:
+    return _lower_conv(_QuantizedWeight(args), args.x, args.window)
 
 
 def _lower_conv(weight: Weight, x: Any, window: Window) -> Any:
@@ -91,16 +91,16 @@ _LayerArguments = ConvArguments | LinearArguments | _Quantized
 class Weight:
     """A packed weight with its bias, and the kernel to run it."""
 
-    def __init__(self, a: _LayerArguments) -> None:
-        values = ir.ExternKernel.require_contiguous(a.values)  # in training, tiles are computed
-        self.operands = [values, a.row_ptr, a.tile_index]
-        if a.bias is not None:
-            self.operands.append(without_offset(a.bias))
-        self.out_channels = a.out_channels
+    def __init__(self, args: _LayerArguments) -> None:
+        values = ir.ExternKernel.require_contiguous(args.values)  # in training, tiles are computed
+        self.operands = [values, args.row_ptr, args.tile_index]
+        if args.bias is not None:
+            self.operands.append(without_offset(args.bias))
+        self.out_channels = args.out_channels
         _, steps, bh, *packed = values.get_size()
         self.pack = int(packed[0]) if packed else 1
         self.block_shape = (int(bh), int(steps) * self.pack)
-        self.config = KernelConfig.decode(a.kernel)
+        self.config = KernelConfig.decode(args.kernel)
 
     def check(self, x: Any, channel_dim: int) -> None:
         if self.config.variant not in VARIANTS:
@@ -203,10 +203,10 @@ class _QuantizedWeight(Weight):
 
     template = IntegerTemplate
 
-    def __init__(self, a: _Quantized) -> None:
-        super().__init__(a)
-        self.operands[3:3] = [without_offset(a.scale), without_offset(a.weight_sums)]
-        self.zero_point = a.zero_point
+    def __init__(self, args: _Quantized) -> None:
+        super().__init__(args)
+        self.operands[3:3] = [without_offset(args.scale), without_offset(args.weight_sums)]
+        self.zero_point = args.zero_point
 
     def _check_dtypes(self, x: Any) -> None:
         values, _, _, *tables = (t.get_dtype() for t in self.operands)

@@ -30,14 +30,14 @@ PLANE_COST = 24
 """Of the depthwise layer and its epilogue, in halves of a nonzero: what balances threads."""
 
 
-def lower_pointwise_depthwise(a: PointwiseDepthwiseArguments) -> Any:
-    x, bias = a.x, without_offset(a.bias)
-    operands = [a.values, a.row_ptr, a.tile_index, without_offset(a.row_bias), a.weight, bias]
+def lower_pointwise_depthwise(args: PointwiseDepthwiseArguments) -> Any:
+    x, bias = args.x, without_offset(args.bias)
+    operands = [args.values, args.row_ptr, args.tile_index, without_offset(args.row_bias), args.weight, bias]
     if x.get_device().type != "cpu" or x.get_dtype() != torch.float32:
         raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
-    x, conv = channels_first_conv(x, a.window)
+    x, conv = channels_first_conv(x, args.window)
     n, in_channels = x.get_size()[:2]
-    hidden = int(a.row_bias.get_size()[0])
+    hidden = int(args.row_bias.get_size()[0])
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, hidden, *conv.output_size])
     template = PointwiseDepthwiseTemplate(
         kernel_inputs([x, *operands]),
@@ -46,8 +46,8 @@ def lower_pointwise_depthwise(a: PointwiseDepthwiseArguments) -> Any:
         images=n,
         conv=conv,
         in_channels=int(in_channels),
-        height=int(a.values.get_size()[2]),
-        activation=a.activation,
+        height=int(args.values.get_size()[2]),
+        activation=args.activation,
     )
     return template.generate().output_node()
 

@@ -25,9 +25,9 @@ MOST_PARTS = 64
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-def lower_weight_grad(a: WeightGradArguments) -> Any:
-    grad, x, window = a.grad, a.x, a.window
-    if a.groups is None:
+def lower_weight_grad(args: WeightGradArguments) -> Any:
+    grad, x, window = args.grad, args.x, args.window
+    if args.groups is None:
         raise Unsupported("tiles in no groups")
     if window.dims == 1:
         grad, x, window = images_of_one_row(grad), images_of_one_row(x), window.of_one_row()
@@ -40,8 +40,8 @@ def lower_weight_grad(a: WeightGradArguments) -> Any:
     outputs = [size_of("GRAD", 2 + i) for i in range(dims)]
     (images, *_), size, out_size = grad.get_size(), x.get_size()[2:], grad.get_size()[2:]
     axes, masked = layer_axes(size, out_size, outputs, window) if dims else ((), False)
-    bh, bw = a.block_shape
-    tiles, number = int(a.tile_index.get_size()[1]), int(a.groups.get_size()[1])
+    bh, bw = args.block_shape
+    tiles, number = int(args.tile_index.get_size()[1]), int(args.groups.get_size()[1])
     shape = [tiles, bh, bw]
     if not tiles:
         return lowerings[torch.ops.aten.full.default](shape, 0, dtype=x.get_dtype(), device=x.get_device())
@@ -59,7 +59,7 @@ def lower_weight_grad(a: WeightGradArguments) -> Any:
     choices: list[Any] = []
     error = template(text).maybe_append_choice(
         choices,
-        input_nodes=tuple(ir.ExternKernel.realize_input(t) for t in (grad, x, a.tile_index, a.groups)),
+        input_nodes=tuple(ir.ExternKernel.realize_input(t) for t in (grad, x, args.tile_index, args.groups)),
         layout=ir.FixedLayout(x.get_device(), x.get_dtype(), shape)
         if split == 1
         else ir.FixedLayout(x.get_device(), torch.float32, [split, *shape]),

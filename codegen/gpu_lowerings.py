@@ -24,20 +24,20 @@ from .views import conv1d_as_conv2d, reshape
 _AXES = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
 
 
-def lower_linear(a: LinearArguments) -> Any:
-    weight, x = _Weight(a), a.x
+def lower_linear(args: LinearArguments) -> Any:
+    weight, x = _Weight(args), args.x
     *rows, channels = x.get_size()
     if not is_static(channels):
         raise Unsupported("symbolic channels")
     x = reshape(x, [math.prod(rows), channels])
     x = ir.ExternKernel.require_contiguous(x)
-    out = weight.multiply(x, (), [math.prod(rows), a.out_channels], flat=True)
-    return reshape(out, [*rows, a.out_channels])
+    out = weight.multiply(x, (), [math.prod(rows), args.out_channels], flat=True)
+    return reshape(out, [*rows, args.out_channels])
 
 
-def lower_conv(a: ConvArguments) -> Any:
-    conv = functools.partial(_lower_conv, _Weight(a))
-    return conv1d_as_conv2d(conv, a.x, a.window) if a.window.dims == 1 else conv(a.x, a.window)
+def lower_conv(args: ConvArguments) -> Any:
+    conv = functools.partial(_lower_conv, _Weight(args))
+    return conv1d_as_conv2d(conv, args.x, args.window) if args.window.dims == 1 else conv(args.x, args.window)
 
 
 def _lower_conv(weight: _Weight, x: Any, window: Window) -> Any:
@@ -96,13 +96,13 @@ def evenly_spaced(x: Any) -> bool:
 class _Weight:
     """A packed weight with its bias, and the kernel to run it."""
 
-    def __init__(self, a: ConvArguments | LinearArguments) -> None:
-        values = ir.ExternKernel.require_contiguous(a.values)  # tiles may be computed
-        self.operands = [values, a.row_ptr, a.tile_index]
-        self.bias = None if a.bias is None else ir.ExternKernel.require_contiguous(a.bias)
-        self.out_channels = a.out_channels
-        self.num_tiles, self.bh, self.bw = (int(size) for size in a.values.get_size())
-        self.config = KernelConfig.decode(a.kernel)
+    def __init__(self, args: ConvArguments | LinearArguments) -> None:
+        values = ir.ExternKernel.require_contiguous(args.values)  # tiles may be computed
+        self.operands = [values, args.row_ptr, args.tile_index]
+        self.bias = None if args.bias is None else ir.ExternKernel.require_contiguous(args.bias)
+        self.out_channels = args.out_channels
+        self.num_tiles, self.bh, self.bw = (int(size) for size in args.values.get_size())
+        self.config = KernelConfig.decode(args.kernel)
         variant = VARIANTS.get(self.config.variant)
         if variant is None or variant.device != "cuda":
             raise Unsupported(f"{self.config.variant!r} is no GPU kernel")
