@@ -17,8 +17,8 @@ SIGNATURES = {
     "conv": f"{WEIGHT}, Tensor? bias, int out_channels, {IMAGES}, str kernel",
     "linear": f"{WEIGHT}, Tensor? bias, int out_channels, str kernel",
     "depthwise": f"Tensor x, Tensor weight, Tensor? bias, {IMAGES}, str kernel",
-    "pointwise_depthwise": f"{WEIGHT}, Tensor row_bias, str activation, Tensor weight, Tensor bias, {IMAGES}, "
-    "str kernel",
+    "pointwise_depthwise": f"{WEIGHT}, Tensor row_bias, str activation, Tensor weight, Tensor bias, "
+    f"{IMAGES}, str kernel",
     "quantized_conv": f"{QUANTIZED}, {IMAGES}, str kernel",
     "quantized_linear": f"{QUANTIZED}, str kernel",
     "weight_grad": "Tensor grad, Tensor x, Tensor tile_index, int[] block_shape, "
