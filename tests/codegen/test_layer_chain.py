@@ -31,7 +31,8 @@ RESIDUALS = (
     *(pointwise(100, 4, RELU), depthwise(), pointwise(24, 4, IDENTITY, adds=3)),
     *(pointwise(96, 2, SWISH), depthwise(5, activation=SILU), pointwise(24, 1, RELU, adds=6)),
 )
-LAST, FIRST = Layouts(False, False), Layouts(True, True)
+PLAIN = (depthwise(), *3 * (pointwise(40, 4, RELU), depthwise(), pointwise(20, 4)))
+LAST = Layouts(False, False)
 TRICKY = [
     ChainCase((1, 16, 28, 28), RESIDUALS),
     ChainCase((1, 16, 14, 14), RESIDUALS, layouts=LAST),
@@ -209,3 +210,26 @@ def test_bands_hold_what_they_need(bands):
     for tensor in plan.tensors:
         assert tensor.offset + tensor.channels * tensor.pitch <= plan.inner
         assert tensor.pitch >= tensor.count * tensor.width
+
+
+@pytest.mark.parametrize("bands", [1, 2, 5])
+@pytest.mark.parametrize("layers", [RESIDUALS, PLAIN, TRICKY[2].layers, TRICKY[3].layers])
+def test_nothing_is_overwritten_that_is_still_read(layers, bands):
+    """Not by the band itself, nor while others, who may be a step behind since all met, copy rows from it."""
+    plan = ChainBands(Chain(layers), (20, 12, 10), bands)
+    meetings = [i for i, step in enumerate(plan.steps) if step.exchanges] + [len(plan.steps)]
+    last = dict.fromkeys(range(len(plan.tensors)), -1)  # step in which a tensor is read last
+    for i, step in enumerate(plan.steps):
+        if step.pointwise is not None and step.pointwise.adds is not None:
+            last[step.pointwise.adds] = i
+        until = min(m for m in meetings if m > i) - 1 if step.exchanges else i
+        last[step.reads] = max(last[step.reads], until)
+    last[len(plan.tensors) - 1] = len(plan.steps)
+    for i, step in enumerate(plan.steps):
+        written = memory(plan.tensors[step.writes])
+        live = (t for t in {0, *(s.writes for s in plan.steps[:i])} if last[t] >= i)
+        assert all(written.isdisjoint(memory(plan.tensors[t])) for t in live), step
+
+
+def memory(tensor: BandTensor) -> set[int]:
+    return set(range(tensor.offset, tensor.offset + tensor.channels * tensor.pitch))
