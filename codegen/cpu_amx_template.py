@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ..amx_tiling import SIDE, Axis, Panel, Region, panel, regions, wants_panel
 from ..amx_variant import product_width
-from .cpu_template import BlockSparseTemplate
-from .epilogue import round_natively, unroll
 from .inductor_api import inductor_config, pick_vec_isa
+from .kernel_template import KernelTemplate
+from .output_matrix import OutputMatrix
 from .tiling import ConvGeometry, Size, all_static, as_int, is_static
 
 PIXELS_BESIDE = 4
@@ -81,16 +82,17 @@ def tiles_of(conv: ConvGeometry, images: Size, chunk: int, threads: int, wanted:
     return Tiles(regions(rows, columns))
 
 
-class AmxTemplate(BlockSparseTemplate):
+class AmxTemplate(KernelTemplate):
     """One block-sparse layer on bf16.
 
     Args:
         tiles: see `tiles_of`.
         in_channels: of the input.
-        Others as `BlockSparseTemplate`.
+        Others as `BlockSparseTemplate`, which reads the same weights.
     """
 
     source = "cpu_amx.cpp.jinja"
+    operands = ("X", "Values", "RowPtr", "TileIndex", "Bias")
 
     def __init__(
         self,
@@ -105,11 +107,10 @@ class AmxTemplate(BlockSparseTemplate):
         block_shape: tuple[int, int],
         parameters: dict[str, int | str],
     ) -> None:
-        super(BlockSparseTemplate, self).__init__("block_sparse", input_nodes, layout, num_threads)
+        super().__init__("block_sparse", input_nodes, layout, num_threads)
         self.images, self.conv, self.tiles, self.in_channels = images, conv, tiles, in_channels
         self.block_shape, self.parameters = block_shape, parameters
         self.width = product_width(block_shape)
-        self.flush, self.bias_first = 0, True
         emulation = ("amx_emulation.h",) if _emulated else ()
         self.headers = ("block_sparse.h", *emulation, "block_sparse_amx.h")
 
@@ -119,10 +120,13 @@ class AmxTemplate(BlockSparseTemplate):
             text.writeline("#define BLOCKSPARSE_EMULATE_AMX")
         return text
 
-    def _tile_options(self) -> dict[str, Any]:
+    def _options(self, output: OutputMatrix) -> dict[str, Any]:
         (bh, bw), chunk = self.block_shape, int(self.parameters.get("chunk", 4))
-        strip = self.tiles.panel
+        strip, channels = self.tiles.panel, int(output.columns)
         return {
+            "pixels": output.rows,
+            "channels": channels,
+            "block_rows": -(-channels // bh),
             "bh": bh,
             "bw": bw,
             "width": self.width,
@@ -135,6 +139,8 @@ class AmxTemplate(BlockSparseTemplate):
             "row_threads": max(1, int(self.parameters.get("row_threads", 1))),
             "in_channels": self.in_channels,
             "in_blocks": -(-self.in_channels // bw),
+            "store": functools.partial(self._store, output),
+            **self._conv_options(),
         }
 
     def _conv_options(self) -> dict[str, Any]:
@@ -160,27 +166,16 @@ class AmxTemplate(BlockSparseTemplate):
             options["tap_offsets"] = [place * self.block_shape[1] for place in self.tiles.panel.taps]
         return options
 
-    def _store(
-        self,
-        kernel: Any,
-        matrix: Any,
-        raw: Any,
-        nodes: list[Any],
-        reindexers: list[Callable[..., Any]],
-        row: str,
-    ) -> str:
+    def _store(self, output: OutputMatrix, row: str) -> str:
         """C++ that runs the epilogue on `rows` output pixels from `m_start` on; `row`: of `acc`, the first.
 
         The kernel passes a literal 1 for `rows`. Inductor must not know: its choice of a loop to vectorize
         goes wrong where an outer loop has one iteration.
         """
-        c_end = "c_end" if int(nodes[0].get_size()[-1]) % self.width else f"c_start + {self.width}"
+        c_end = "c_end" if output.columns % self.width else f"c_start + {self.width}"
         width = f"{c_end} - c_start" if c_end == "c_end" else str(self.width)
-        source = kernel.slice_nd(kernel.local_buffers["acc"], [(row, f"{row} + rows"), ("0", width)])
-        target = kernel.slice_nd(matrix, [("m_start", "m_start + rows"), ("c_start", c_end)])
-        offsets = ("m_start", "c_start")
-        code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
-        return unroll(round_natively(code))
+        part = (row, f"{row} + rows"), ("0", width)
+        return output.store(("m_start", "m_start + rows"), ("c_start", c_end), part)
 
 
 __all__ = ["SIDE", "AmxTemplate", "Tiles", "emulated_amx", "runs_amx", "tiles_of"]

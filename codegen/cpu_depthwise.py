@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from ..layouts import Layouts
 from ..variants import KernelConfig
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
 from .cpu_depthwise_planes import DepthwisePlanesTemplate
-from .cpu_template import BlockSparseTemplate
-from .epilogue import clamp_natively, unroll
 from .inductor_api import ir, lowerings, parallel_num_threads
+from .kernel_template import KernelTemplate
 from .lowering_errors import Unsupported
+from .output_matrix import OutputMatrix
 from .tiling import ConvGeometry, Size, all_static, even_segment
 from .views import kernel_inputs, without_offset
 
@@ -71,37 +72,37 @@ def _lower_planes(x: Any, operands: list[Any], *geometry: Sequence[int]) -> Any:
     return template.generate().output_node()
 
 
-class DepthwiseTemplate(BlockSparseTemplate):
+class DepthwiseTemplate(KernelTemplate):
     """One depthwise convolution.
 
     Args:
         input_nodes: input, weight `[taps, channels]` and, optionally, bias.
+        layout: output, `[n, oh, ow, channels]`, contiguous.
+        images: number of images that `conv` speaks of.
         lanes: channels of a vector.
-        Others as `BlockSparseTemplate`.
     """
 
     source = "cpu_f32_depthwise.cpp.jinja"
     headers = ("block_sparse.h", "depthwise_f32.h")
-    operands = ("Weight",)
+    operands = ("X", "Weight", "Bias")
 
     def __init__(
         self, input_nodes: Any, layout: Any, num_threads: int, *, images: Size, conv: ConvGeometry, lanes: int
     ) -> None:
-        super(BlockSparseTemplate, self).__init__("depthwise", input_nodes, layout, num_threads)
+        super().__init__("depthwise", input_nodes, layout, num_threads)
         self.images, self.conv, self.lanes = images, conv, lanes
         self.segment = even_segment(int(conv.output_size[1]), MOST_PIXELS)
-        self.block_shape, self.flush, self.bias_first = (lanes, 1), 0, True
 
-    def _tile_options(self) -> dict[str, Any]:
-        return {"lanes": self.lanes, "segment": self.segment}
-
-    def _conv_options(self) -> dict[str, Any]:
+    def _options(self, output: OutputMatrix) -> dict[str, Any]:
         g = self.conv
         image_stride, row_stride, pitch = g.input_strides
         (kh, kw), (oh, ow) = g.kernel_size, g.output_size
         reach = (kw - 1) * g.dilation[1] - g.pad_begin[1]
         last = (-(-ow // self.segment) - 1) * self.segment  # first pixel behind the tiles in the middle
         return {
+            "channels": int(output.columns),
+            "lanes": self.lanes,
+            "segment": self.segment,
             "kh": kh,
             "kw": kw,
             "images": self.images,
@@ -117,20 +118,5 @@ class DepthwiseTemplate(BlockSparseTemplate):
             "geometry": (*g.input_size, row_stride, pitch, *g.stride, *g.pad_begin, *g.dilation),
             "inside": self.segment * g.stride[1] >= g.pad_begin[1]
             and (last - 1) * g.stride[1] + reach < g.input_size[1],
+            "store": functools.partial(output.store_tile, self.segment, self.lanes),
         }
-
-    def _store(
-        self,
-        kernel: Any,
-        matrix: Any,
-        raw: Any,
-        nodes: list[Any],
-        reindexers: list[Callable[..., Any]],
-        row: str = "0",
-    ) -> str:
-        """C++ that runs the epilogue on `acc`: pixels from `m_start` on, channels from `c_start` on."""
-        part = [("m_start", f"m_start + {self.segment}"), ("c_start", f"c_start + {self.lanes}")]
-        target, source = kernel.slice_nd(matrix, part), kernel.local_buffers["acc"]
-        offsets = ("m_start", "c_start")
-        code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
-        return unroll(clamp_natively(code))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 from ..depthwise import LARGEST_STRIDE
-from .cpu_template import BlockSparseTemplate
-from .epilogue import clamp_natively, unroll
+from .kernel_template import KernelTemplate
 from .lowering_errors import Unsupported
+from .output_matrix import OutputMatrix
 from .tiling import ConvGeometry, Size, even_segment
 
 MOST_ROWS = 8
@@ -20,14 +20,14 @@ def vector_of(lanes: int, columns: int) -> int:
     return lanes // 2 if lanes == 16 and columns <= lanes // 2 else lanes
 
 
-class DepthwisePlanesTemplate(BlockSparseTemplate):
+class DepthwisePlanesTemplate(KernelTemplate):
     """One depthwise convolution, channels first.
 
     Args:
         input_nodes: input `[n, c, h, w]`, contiguous, weight `[taps, c]` and, optionally, bias.
         layout: output, `[n, c, oh, ow]`, contiguous.
+        images: number of images that `conv` speaks of.
         lanes: floats of a vector of the CPU.
-        Others as `BlockSparseTemplate`.
 
     Raises:
         Unsupported: for a stride beyond `LARGEST_STRIDE`.
@@ -35,26 +35,24 @@ class DepthwisePlanesTemplate(BlockSparseTemplate):
 
     source = "cpu_f32_depthwise_planes.cpp.jinja"
     headers: tuple[str, ...] = ("block_sparse.h", "depthwise_planes_f32.h")
-    operands: tuple[str, ...] = ("Weight",)
+    operands: tuple[str, ...] = ("X", "Weight", "Bias")
 
     def __init__(
         self, input_nodes: Any, layout: Any, num_threads: int, *, images: Size, conv: ConvGeometry, lanes: int
     ) -> None:
         if conv.stride[1] > LARGEST_STRIDE:
             raise Unsupported(f"stride {conv.stride[1]} of a channels-first depthwise convolution")
-        super(BlockSparseTemplate, self).__init__("depthwise", input_nodes, layout, num_threads)
+        super().__init__("depthwise", input_nodes, layout, num_threads)
         self.images, self.conv = images, conv
         self.rows = even_segment(int(conv.output_size[0]), MOST_ROWS)
         self.lanes = vector_of(lanes, int(conv.output_size[1]))
-        self.block_shape, self.flush, self.bias_first = (1, 1), 0, True
 
-    def _tile_options(self) -> dict[str, Any]:
-        return {"lanes": self.lanes, "rows": self.rows}
-
-    def _conv_options(self) -> dict[str, Any]:
+    def _options(self, output: OutputMatrix) -> dict[str, Any]:
         g = self.conv
         height, width = g.input_size
         return {
+            "lanes": self.lanes,
+            "rows": self.rows,
             "filters": int(self.layout.size[1]),
             "images": self.images,
             "oh": g.output_size[0],
@@ -68,38 +66,22 @@ class DepthwisePlanesTemplate(BlockSparseTemplate):
                 *g.dilation,
                 *g.pad_begin,
             ),
+            "store": functools.partial(self._store, output),
         }
 
-    def _store(  # type: ignore[override]
-        self,
-        kernel: Any,
-        matrix: Any,
-        raw: Any,
-        nodes: list[Any],
-        reindexers: list[Callable[..., Any]],
-    ) -> str:
+    def _store(self, output: OutputMatrix) -> str:
         """C++ that runs the epilogue on `acc`: output rows from `m_start` on, columns from `c_start` on.
 
         Of the last tiles, only what lies in the image.
         """
         height, width = (int(size) for size in self.conv.output_size)
 
-        def store(rows: int, columns: int) -> str:
-            source = kernel.local_buffers["acc"]
-            if (rows, columns) != (self.rows, self.lanes):
-                source = kernel.slice_nd(source, [("0", str(rows)), ("0", str(columns))])
-            where = [("m_start", f"m_start + {rows}"), ("c_start", f"c_start + {columns}")]
-            offsets = ("m_start", "c_start")
-            target = kernel.slice_nd(matrix, where)
-            code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
-            return unroll(clamp_natively(code))
-
         def store_rows(columns: int) -> str:
-            whole = store(self.rows, columns)
+            whole = output.store_tile(self.rows, columns)
             if height % self.rows == 0:
                 return whole
             rest = height % self.rows
-            return f"if (oh + ROWS <= OH) {{ {whole} }} else {{ {store(rest, columns)} }}"
+            return f"if (oh + ROWS <= OH) {{ {whole} }} else {{ {output.store_tile(rest, columns)} }}"
 
         last = store_rows(width % self.lanes or self.lanes)
         if width <= self.lanes or width % self.lanes == 0:

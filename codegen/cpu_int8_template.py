@@ -21,7 +21,7 @@ class IntegerTemplate(BlockSparseTemplate):
     """
 
     headers = ("block_sparse.h", "block_sparse_int8.h")
-    operands = ("Values", "RowPtr", "TileIndex", "Scale", "WeightSums")
+    operands = ("X", "Values", "RowPtr", "TileIndex", "Scale", "WeightSums", "Bias")
     tables = ("Scale", "WeightSums", "Bias")
 
     def __init__(self, *args: Any, zero_point: int, signed: bool, **options: Any) -> None:

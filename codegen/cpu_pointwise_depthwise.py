@@ -20,6 +20,7 @@ from .cpu_spmm_lowering import LONGEST_ROW
 from .cpu_spmm_template import even_vectors
 from .inductor_api import ir, parallel_num_threads
 from .lowering_errors import Unsupported
+from .output_matrix import OutputMatrix
 from .tiling import ConvGeometry, Size
 from .views import kernel_inputs, without_offset
 
@@ -97,7 +98,7 @@ class PointwiseDepthwiseTemplate(DepthwisePlanesTemplate):
 
     source = "cpu_f32_pointwise_depthwise.cpp.jinja"
     headers = ("block_sparse.h", "sparse_rows_f32.h", "depthwise_planes_f32.h", "activations_f32.h")
-    operands = ("Values", "RowPtr", "TileIndex", "RowBias", "Weight")
+    operands = ("X", "Values", "RowPtr", "TileIndex", "RowBias", "Weight", "Bias")
 
     def __init__(
         self,
@@ -115,25 +116,23 @@ class PointwiseDepthwiseTemplate(DepthwisePlanesTemplate):
         super().__init__(input_nodes, layout, num_threads, images=images, conv=conv, lanes=lanes)
         self.in_channels, self.height, self.activation = in_channels, height, activation
         self.pixel_tile = pixel_tiles(height, lanes, registers)[-1]
-        self.flush = LONGEST_ROW
         self.image_pixels = int(conv.input_size[0]) * int(conv.input_size[1])
         self.panel = self.image_pixels % lanes != 0 and 4 * in_channels * self.image_pixels <= LARGEST_PANEL
 
-    def _tile_options(self) -> dict[str, Any]:
+    def _options(self, output: OutputMatrix) -> dict[str, Any]:
         tile = self.pixel_tile
         return {
-            **super()._tile_options(),
+            **super()._options(output),
             "bh": self.height,
             "tile_lanes": tile.lanes,
             "tiles": self._pixel_tiles(tile),
             "pitch": self._pitch(tile),
             "panel": self.panel,
+            "in_channels": self.in_channels,
+            "flush": LONGEST_ROW,
             "row_cost": PLANE_COST * self.height,
             "activation": Activation.parse(self.activation).cpp(),
         }
-
-    def _conv_options(self) -> dict[str, Any]:
-        return {**super()._conv_options(), "in_channels": self.in_channels}
 
     def _pitch(self, tile: PixelTile) -> int:
         return -(-self.image_pixels // tile.lanes) * tile.lanes

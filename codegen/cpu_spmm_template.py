@@ -6,15 +6,14 @@ epilogue runs on tiles of it: 16x16, or one block row by the pixels of a registe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
 from ..cpu_spmm import SIDE, PixelTile
-from .cpu_template import BlockSparseTemplate
-from .epilogue import clamp_natively, flipped, flipped_index, unroll
+from .kernel_template import KernelTemplate
+from .output_matrix import OutputMatrix
 from .tiling import Size, is_static
 
 
@@ -60,7 +59,7 @@ class TileKind:
     readable: int
 
 
-class SparseRowsTemplate(BlockSparseTemplate):
+class SparseRowsTemplate(KernelTemplate):
     """One pointwise or linear layer in blocks of one input channel.
 
     Args:
@@ -69,11 +68,12 @@ class SparseRowsTemplate(BlockSparseTemplate):
         tile: pixels of a register tile.
         height: of a block.
         panel: whether the pixels of a tile are copied side by side, if they already are channels-first.
-        Others as `BlockSparseTemplate`.
+        flush: weights of a row after which a sum starts anew; 0 for never.
     """
 
     source = "cpu_f32_spmm.cpp.jinja"
     headers = ("block_sparse.h", "sparse_rows_f32.h")
+    operands = ("X", "Values", "RowPtr", "TileIndex", "Bias")
 
     def __init__(
         self,
@@ -88,10 +88,9 @@ class SparseRowsTemplate(BlockSparseTemplate):
         parameters: dict[str, int | str],
         flush: int,
     ) -> None:
-        super(BlockSparseTemplate, self).__init__("block_sparse", input_nodes, layout, num_threads)
+        super().__init__("block_sparse", input_nodes, layout, num_threads)
         self.grid, self.pixel_tile, self.in_channels = grid, tile, in_channels
-        self.block_shape, self.parameters = (height, 1), parameters
-        self.flush, self.bias_first = flush, False
+        self.height, self.parameters, self.flush = height, parameters, flush
         self.panel = not grid.reads_first or grid.strides is not None or bool(parameters.get("panel", 0))
 
     def _matrix_size(self, out: Any) -> tuple[Any, Any]:
@@ -100,26 +99,25 @@ class SparseRowsTemplate(BlockSparseTemplate):
         n, channels, *pixels = out.get_size()
         return n * channels, sympy.prod(pixels)
 
-    def _tile_options(self) -> dict[str, Any]:
+    def _options(self, output: OutputMatrix) -> dict[str, Any]:
+        grid = self.grid
         return {
-            "bh": self.block_shape[0],
+            "bh": self.height,
             "lanes": self.pixel_tile.lanes,
             "tiles": self._tile_kinds(),
             "panel": self.panel,
             "row_threads": max(1, int(self.parameters.get("row_threads", 1))),
-        }
-
-    def _conv_options(self) -> dict[str, Any]:
-        return {
+            "flush": self.flush,
             "in_channels": self.in_channels,
-            "channels": int(self.layout.size[1 if self.grid.writes_first else -1]),
-            "images": self.grid.images,
-            "image_pixels": self.grid.pixels,
-            "step": self.grid.step,
-            "strides": self.grid.strides,
-            "plane": self.grid.plane,
-            "reads_first": self.grid.reads_first,
-            "writes_first": self.grid.writes_first,
+            "channels": int(self.layout.size[1 if grid.writes_first else -1]),
+            "images": grid.images,
+            "image_pixels": grid.pixels,
+            "step": grid.step,
+            "strides": grid.strides,
+            "plane": grid.plane,
+            "reads_first": grid.reads_first,
+            "writes_first": grid.writes_first,
+            "store": output.store_tile,
         }
 
     def _tile_kinds(self) -> list[TileKind]:
@@ -146,28 +144,6 @@ class SparseRowsTemplate(BlockSparseTemplate):
         if not self.panel:
             return TileKind(name, condition, vectors, pixels, count, self.grid.pixels, int(count))
         return TileKind(name, condition, vectors, pixels, count, pixels, pixels)
-
-    def _store(  # type: ignore[override]
-        self,
-        kernel: Any,
-        matrix: Any,
-        raw: Any,
-        nodes: list[Any],
-        reindexers: list[Callable[..., Any]],
-        rows: int | str,
-        columns: int | str,
-    ) -> str:
-        """C++ that runs the epilogue on `acc`: so much of the output, from `m_start` and `c_start` on."""
-        source = kernel.local_buffers["acc"]
-        if [rows, columns] != list(source.get_size()):
-            source = kernel.slice_nd(source, [("0", str(rows)), ("0", str(columns))])
-        part = [("m_start", f"m_start + {rows}"), ("c_start", f"c_start + {columns}")]
-        target, offsets = kernel.slice_nd(matrix, part), ("m_start", "c_start")
-        if rows == 1:
-            target, source, offsets = flipped(target), flipped(source), offsets[::-1]
-            reindexers = [flipped_index(reindex) for reindex in reindexers]
-        code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
-        return unroll(clamp_natively(code))
 
 
 def even_vectors(pixels: int, tile: PixelTile, at_once: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The block-sparse CPU kernels as an Inductor C++ template.
+"""The block-sparse CPU kernels of register tiles.
 
 The output is a matrix `[pixels, out_channels]` in memory. Inductor's fused epilogue runs on one register tile
 at a time, with literal trip counts, so that the C++ compiler keeps the tile in registers.
@@ -7,23 +7,16 @@ at a time, with literal trip counts, so that the C++ compiler keeps the tile in 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-from unittest.mock import patch
-
-import sympy
-import torch
 
 from ..cpu_variants import RegisterTile
-from .epilogue import FusedEpilogue, as_matrix, clamp_natively, reindexer, round_natively, unroll
-from .inductor_api import DTYPE_TO_CPP, KERNEL_DESCRIPTION, CppTemplate, V, cexpr_index
+from .kernel_template import KernelTemplate
+from .output_matrix import OutputMatrix
 from .tiling import ConvGeometry, Size, Tiling, all_static
 
-_HERE = Path(__file__).parent
 
-
-class BlockSparseTemplate(CppTemplate):
+class BlockSparseTemplate(KernelTemplate):
     """One block-sparse layer: fp32, or bf16 summed up in fp32.
 
     Args:
@@ -41,10 +34,9 @@ class BlockSparseTemplate(CppTemplate):
 
     source = "cpu_block_sparse.cpp.jinja"
     headers: tuple[str, ...] = ("block_sparse.h",)
-    operands: tuple[str, ...] = ("Values", "RowPtr", "TileIndex")
-    """Names of the inputs between the activations and the bias."""
+    operands: tuple[str, ...] = ("X", "Values", "RowPtr", "TileIndex", "Bias")
     tables: tuple[str, ...] = ("Bias",)
-    """Those inputs that hold a number for each output channel; the bias may be missing."""
+    """Those that hold a number for each output channel."""
 
     def __init__(
         self,
@@ -66,69 +58,21 @@ class BlockSparseTemplate(CppTemplate):
         self.block_shape, self.parameters = block_shape, parameters
         self.flush, self.bias_first = flush, bias_first
 
-    def render(  # type: ignore[override]
-        self,
-        kernel: Any,
-        template_buffer_node: Any = None,
-        flag_template_buffer_has_other_users: bool | None = None,
-        epilogue_nodes: Sequence[Any] | None = None,
-        **_: Any,
-    ) -> str:
-        out: Any = self.output_node if template_buffer_node is None else template_buffer_node
-        rows, columns = self._matrix_size(out)
-        fused = FusedEpilogue.of(out, epilogue_nodes, flag_template_buffer_has_other_users)
-        x = self.input_nodes[0]
-        inputs = dict(zip(("X", *self.operands, "Bias"), self.input_nodes, strict=False))
-
-        def cexpr(size: Size) -> str:
-            return cexpr_index(kernel.rename_indexing(sympy.sympify(size)))
-
-        options = {
-            "prelude": "\n".join(
-                [self.header().getvalue(), *((_HERE / "include" / h).read_text() for h in self.headers)]
-            ),
-            "kernel": kernel,
-            "profile": kernel.maybe_codegen_profile().replace(kernel.kernel_name, KERNEL_DESCRIPTION),
-            "inputs": inputs,
-            "outputs": fused.outputs,
-            "aliases": fused.aliases,
-            "cexpr": cexpr,
-            "element": DTYPE_TO_CPP[x.get_dtype()],
-            "dtype": torch.float32,
+    def _options(self, output: OutputMatrix) -> dict[str, Any]:
+        channels = int(output.columns)
+        return {
+            "pixels": output.rows,
+            "channels": channels,
+            "block_rows": -(-channels // self.block_shape[0]),
+            "tables": [name for name in self.tables if name in self.operands[: len(self.input_nodes)]],
             "flush": self.flush,
             "bias_first": "true" if self.bias_first else "false",
-            "num_threads": self.num_threads,
-            # The kernel gets the storage of a view: add the view's offset.
-            "input": f"X + {cexpr(x.get_layout().offset)}",
-            "pixels": rows,
-            "channels": int(columns),
-            "block_rows": -(-int(columns) // self.block_shape[0]),
-            "tables": {
-                name: DTYPE_TO_CPP[node.get_dtype()] for name, node in inputs.items() if name in self.tables
-            },
-            "has_bias": "Bias" in inputs,
             "more": "",
             "fill": 0,
-            "store": functools.partial(
-                self._store,
-                kernel,
-                as_matrix(fused.result, rows, columns),
-                fused.raw,
-                fused.nodes,
-                [reindexer(node, rows, columns) for node in fused.nodes],
-            ),
+            "store": functools.partial(self._store, output),
             **self._tile_options(),
             **self._conv_options(),
         }
-        with patch.object(V.graph, "get_dtype", self._fake_get_dtype(fused.raw)):
-            return self._template_from_string((_HERE / "templates" / self.source).read_text()).render(
-                **options
-            )
-
-    def _matrix_size(self, out: Any) -> tuple[Any, Any]:
-        """Rows and columns of the matrix as which the output `out` lies in memory."""
-        *rows, columns = out.get_size()
-        return sympy.prod(rows), columns
 
     def _tile_options(self) -> dict[str, Any]:
         (bh, bw), tile, tiling = self.block_shape, self.tile, self.tiling
@@ -170,15 +114,7 @@ class BlockSparseTemplate(CppTemplate):
             "zeros": self.block_shape[1] + (self.tiling.segment - 1) * step * (self.tiling.segments > 1),
         }
 
-    def _store(
-        self,
-        kernel: Any,
-        matrix: Any,
-        raw: Any,
-        nodes: list[Any],
-        reindexers: list[Callable[..., Any]],
-        row: str,
-    ) -> str:
+    def _store(self, output: OutputMatrix, row: str) -> str:
         """C++ that runs the epilogue on one segment: output pixels from `m_start` on, `acc` from `row` on."""
         tiling, width = self.tiling, self.tile.width
         begin, end = "0", str(tiling.segment)
@@ -186,12 +122,8 @@ class BlockSparseTemplate(CppTemplate):
             end = "m_end"
         elif tiling.ragged and tiling.segments == 1:
             begin = "m_skip"
-        c_end = "c_end" if int(nodes[0].get_size()[-1]) % width else f"c_start + {width}"
-        source = kernel.local_buffers["acc"]
+        c_end = "c_end" if output.columns % width else f"c_start + {width}"
+        part = None
         if (row, begin, end) != ("0", "0", str(tiling.segment)) or c_end == "c_end":
-            part = [(f"{row} + {begin}", f"{row} + {end}"), ("0", f"{c_end} - c_start")]
-            source = kernel.slice_nd(source, part)
-        target = kernel.slice_nd(matrix, [(f"m_start + {begin}", f"m_start + {end}"), ("c_start", c_end)])
-        offsets = (f"m_start + {begin}", "c_start")
-        code = kernel.store_output(target, source, raw, nodes, offsets=offsets, reindexers=reindexers)
-        return unroll(clamp_natively(round_natively(code)))
+            part = (f"{row} + {begin}", f"{row} + {end}"), ("0", f"{c_end} - c_start")
+        return output.store((f"m_start + {begin}", f"m_start + {end}"), ("c_start", c_end), part)
