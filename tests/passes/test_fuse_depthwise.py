@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from chain_cases import no_chains  # noqa: F401
 from kernel_cases import compiling, count_kernels
 from layer_cases import FIXED
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.passes.pipeline import PassContext, run_pipeline
 from blocksparse_compiler.planning import copy_graph
 from blocksparse_compiler.pointwise_depthwise import is_fused
+
+pytestmark = pytest.mark.usefixtures("no_chains")  # which take in such pairs, too
 
 ONE_THREAD = dataclasses.replace(FIXED, threads=1)
 OP = torch.ops.blocksparse.pointwise_depthwise.default
