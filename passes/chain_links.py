@@ -143,8 +143,9 @@ def _other_summand(total: Node, one: Node) -> Node | None:
     if len(others) != 1 or not isinstance(others[0], Node):
         return None
     mine, theirs = tensor_meta(one), tensor_meta(others[0])
-    same = mine is not None and theirs is not None and mine.shape == theirs.shape
-    return others[0] if same and mine.dtype == theirs.dtype else None
+    if mine is None or theirs is None or (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+        return None
+    return others[0]
 
 
 def planned_chains(gm: GraphModule, plan: Plan) -> dict[int, list[Link]]:

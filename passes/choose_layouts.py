@@ -177,8 +177,9 @@ class _Choice:
         decision = self._layers.decisions[links[0].layer.name]
         device, known = self._layers.spec(decision.site.device), tensor_meta(tensor)
         assert isinstance(device, DeviceSpec) and known is not None
-        images, *size = (int(value(symbolic(size_of(n)), self._layers.hints)) for n in known.shape)
-        bands = int(decision.config["bands"])
+        sizes = (int(value(symbolic(size_of(n)), self._layers.hints)) for n in known.shape)
+        images, channels, height, width = sizes
+        size, bands = (channels, height, width), int(decision.config["bands"])
         return end_seconds(size, False, device, images, bands), end_seconds(size, True, device, images, bands)
 
     # ---- regions ----------------------------------------------------------------------------------
@@ -207,6 +208,7 @@ class _Choice:
         _, way = self.best(layer, Layouts(x in first, node in first))
         if way is self._ways[layer][0]:
             return old
+        assert way.pattern is not None
         label = cost.Candidate(0.0, way.kernel, way.pattern).label
         why = _why_first(way.layouts, old.estimates[label] - way.seconds)
         return carried_out(old, way, why, node.meta.get(NOTE))

@@ -24,6 +24,7 @@ from ..depthwise import DEPTHWISE
 from ..kernel_variant import KernelConfig
 from ..layer_chain import (
     CHAIN,
+    MEMBER,
     Chain,
     Depthwise,
     Layer,
@@ -34,11 +35,11 @@ from ..layer_chain import (
     pack_filters,
     pack_pointwise,
 )
-from ..layouts import Layouts
+from ..layouts import CHANNELS_FIRST, Layouts
 from .calls import tensor_meta
 from .chain_links import Kind, Link, Links, is_closed
 from .lower_sites import is_channels_last, remove_unused_constants
-from .static_values import StaticValues, set_constant
+from .static_values import StaticValues, erase_unused, set_constant
 
 log = logging.getLogger("blocksparse_compiler")
 
@@ -50,14 +51,18 @@ def fuse_chains(gm: GraphModule) -> int:
         number = chain_of(_config(node).parameters) if lowered_kind(node) else None
         if number is not None:
             members[number].append(node)
-    found = [links for nodes in members.values() if (links := _chain(gm, nodes))]
-    values = StaticValues(gm)
-    for links in found:
-        _fuse(gm, links, values)
-    if found:
+    values, fused = StaticValues(gm), 0
+    for nodes in members.values():
+        links = _chain(gm, nodes, values)
+        if links:
+            _fuse(gm, links, values)
+        else:
+            _unchain(nodes)
+        fused += bool(links)
+    if members:
         remove_unused_constants(gm)
         gm.recompile()
-    return len(found)
+    return fused
 
 
 def lowered_kind(node: Node) -> Kind | None:
@@ -68,7 +73,8 @@ def lowered_kind(node: Node) -> Kind | None:
     if node.target == ops.depthwise.default and _config(node).variant == DEPTHWISE.name:
         return "depthwise"
     if node.target == ops.conv.default and _config(node).variant == SPMM.name:
-        kernel_size, stride, padding = node.args[6:9]
+        arguments: tuple[Any, ...] = node.args
+        kernel_size, stride, padding = arguments[6:9]
         plain = all(size == 1 for size in (*kernel_size, *stride)) and not any(padding)
         return "pointwise" if plain else None
     return None
@@ -78,14 +84,31 @@ def _config(node: Node) -> KernelConfig:
     return KernelConfig.decode(str(node.args[-1]))
 
 
-def _chain(gm: GraphModule, nodes: Sequence[Node]) -> list[Link]:
+def _chain(gm: GraphModule, nodes: Sequence[Node], values: StaticValues) -> list[Link]:
     """These layers as a chain; empty if they are none."""
     links = Links(gm, lambda node: lowered_kind(node) if node in nodes else None).behind(nodes[0])
-    if len(links) == len(nodes) > 1 and is_closed(links):
+    constants = all(values.is_static(operand) for node in nodes for operand in _operands(node))
+    if len(links) == len(nodes) > 1 and is_closed(links) and constants:
         return links
     names = ", ".join(str(node.meta.get("blocksparse_layer", node.name)) for node in nodes)
     log.warning("layers that the plan runs as one chain run one by one, as they are none here: %s", names)
     return []
+
+
+def _operands(node: Node) -> list[Node]:
+    """Weights, tables and bias."""
+    return node.all_input_nodes[1:]
+
+
+def _unchain(nodes: Sequence[Node]) -> None:
+    """Kernels of their own; those of depthwise layers keep a layout."""
+    for node in nodes:
+        config = _config(node)
+        alone = {key: found for key, found in config.parameters.items() if key not in (MEMBER, "bands")}
+        if lowered_kind(node) == "depthwise":
+            alone |= CHANNELS_FIRST.parameters
+        digest = str(node.args[-1]).partition(";pattern=")[1:]
+        node.update_arg(len(node.args) - 1, KernelConfig(config.variant, alone).encode() + "".join(digest))
 
 
 @dataclass
@@ -112,19 +135,22 @@ class _Operands:
     def add(self, link: Link, values: StaticValues) -> Layer:
         """Packs the weights of one more layer."""
         arguments: tuple[Any, ...] = link.layer.args
+
+        def value(node: Node | None) -> Any:
+            return values.get(node)
+
         if link.kind == "pointwise":
             _, tiles, row_ptr, tile_index, bias, out_channels, *_ = arguments
-            weight = values.get(tiles)
-            packed = pack_pointwise(weight, values.get(row_ptr), values.get(tile_index))
+            packed = pack_pointwise(value(tiles), value(row_ptr), value(tile_index))
             for operands, part in zip((self.values, self.row_ptr, self.tile_index), packed, strict=True):
                 operands.append(part)
-            self.biases.append(pack_bias(values.get(bias), out_channels))
-            return Pointwise(out_channels, weight.shape[-1], weight.shape[0], link.activation, link.adds)
+            self.biases.append(pack_bias(value(bias), out_channels))
+            blocks, *_, height = value(tiles).shape
+            return Pointwise(out_channels, height, blocks, link.activation, link.adds)
         _, filters, bias, kernel_size, stride, padding, dilation, *_ = arguments
-        weight = values.get(filters)
-        self.filters.append(pack_filters(weight))
-        self.biases.append(pack_bias(values.get(bias), weight.shape[1]))
-        geometry = (tuple(numbers) for numbers in (kernel_size, stride, padding, dilation))
+        self.filters.append(pack_filters(value(filters)))
+        self.biases.append(pack_bias(value(bias), value(filters).shape[1]))
+        geometry: list[Any] = [tuple(numbers) for numbers in (kernel_size, stride, padding, dilation)]
         return Depthwise(*geometry, link.activation)
 
 
@@ -146,8 +172,10 @@ def _fuse(gm: GraphModule, links: Sequence[Link], values: StaticValues) -> None:
     new.meta = {**links[-1].result.meta, "blocksparse_layer": first.meta.get("blocksparse_layer", first.name)}
     links[-1].result.replace_all_uses_with(new)
     for link in reversed(links):
+        constants = _operands(link.layer)
         for node in reversed(link.nodes):
             gm.graph.erase_node(node)
+        erase_unused(gm, constants)
 
 
 def _kernel(first: KernelConfig, last: KernelConfig) -> KernelConfig:

@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from chain_cases import no_chains  # noqa: F401
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from chain_cases import no_chains  # noqa: F401
 from kernel_cases import compiling
 from layer_cases import FIXED
 from torch import Tensor, nn
