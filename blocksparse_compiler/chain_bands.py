@@ -11,10 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from .cpu_spmm import HEIGHTS, SIDE
 from .layer_chain import Chain, Depthwise, Pointwise
 
 INNER_BYTES = 24 << 10
 """Of the rows between the two layers of a step: three quarters of the smallest L1 there is."""
+
+MOST_ROWS = 8
+"""Output rows of a depthwise layer's register tile."""
+
+LARGEST_REACH, LARGEST_STRIDE = 15, 4
+"""Rows that an output row of a depthwise layer may span, and strides it may have."""
+
+BEYOND = MOST_ROWS * LARGEST_STRIDE + LARGEST_REACH
 
 Rows = tuple[int, int]
 """Image rows, from the first to behind the last."""
@@ -29,6 +38,7 @@ class Step:
         reads, writes: numbers of tensors, as in `layer_chain.Pointwise`.
         strip: output rows computed at a time.
         inner_rows: most rows of the tensor between the layers that a strip needs.
+        inner_pitch: floats of one of its channels.
         exchanges: whether bands take rows of what the step reads from each other.
     """
 
@@ -37,6 +47,7 @@ class Step:
     depthwise: Depthwise | None
     strip: int = 0
     inner_rows: int = 0
+    inner_pitch: int = 0
     exchanges: bool = False
 
     @property
@@ -81,6 +92,10 @@ class ChainBands:
         size: channels, rows and columns of the input.
         bands: of each image.
         lanes: floats of a vector, of which planes are multiples.
+
+    Attributes:
+        floats: memory of one band.
+        inner: where in it the rows between the layers of a step lie.
     """
 
     chain: Chain
@@ -90,6 +105,7 @@ class ChainBands:
     steps: list[Step] = field(init=False)
     tensors: list[BandTensor] = field(init=False)
     floats: int = field(init=False, default=0)
+    inner: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.sizes = self.chain.sizes(*self.size)
@@ -129,7 +145,9 @@ class ChainBands:
         wanted = max(1, (most - _reach(step.depthwise)) // step.depthwise.stride[0] + 1)
         parts = -(-rows // wanted)
         step = replace(step, strip=-(-rows // parts))
-        return replace(step, inner_rows=max(self._inner_rows(step), default=1))
+        inner_rows = max(self._inner_rows(step), default=1)
+        pitch = _plane(self.vectors(inner_rows, self.sizes[step.reads][2]) * self.lanes)
+        return replace(step, inner_rows=inner_rows, inner_pitch=pitch)
 
     def _inner_rows(self, step: Step) -> Iterator[int]:
         for band in range(self.bands):
@@ -178,16 +196,19 @@ class ChainBands:
         busy: list[tuple[int, int, int]] = []  # offset, end, last step that it lives in
         for number, tensor in enumerate(self.tensors):
             pitch = self._pitch(number, tensor)
-            # A block row of the highest blocks may begin with the last channel.
-            size = -(-tensor.channels // 4) * 4 * pitch
+            # The highest blocks write, and transposes read, whole groups of channels.
+            group = SIDE if number == len(self.tensors) - 1 else max(HEIGHTS)
+            size = _round(tensor.channels, group) * pitch
             born, dies = number - 1, self._last_use(number)
             busy = [b for b in busy if b[2] >= self._step_of(born)]
             offset = _free(busy, size)
             busy.append((offset, offset + size, dies))
             self.floats = max(self.floats, offset + size)
             self.tensors[number] = replace(tensor, pitch=pitch, offset=offset)
-        # Vectors of the last plane may be read beyond it, by less than a row of pixels.
-        self.floats = _round(self.floats + 2 * max(t.width for t in self.tensors) + 64, 1024)
+        self.inner = self.floats
+        inner = max((s.inner_pitch * s.pointwise.height for s in self.steps if s.pointwise), default=0)
+        # Register tiles of several rows read beyond the last plane, and drop what they make of it.
+        self.floats = _round(self.inner + inner + BEYOND * max(t.width for t in self.tensors), 1024)
 
     def _step_of(self, layer: int) -> int:
         """The step that runs a layer; -1 for the load of the input."""
@@ -224,9 +245,7 @@ class ChainBands:
                 for strip in self.strips(step, band):
                     start = (self.needed(step, *strip)[0] - tensor.first[band]) * tensor.width
                     ends.append(start + self.vectors(rows, tensor.width) * self.lanes)
-        pitch = _round(max(ends), 16)
-        # Planes a multiple of 512 bytes apart would crowd into an eighth of the sets of L1.
-        return pitch + 16 * (pitch % 128 == 0)
+        return _plane(max(ends))
 
 
 def _steps(chain: Chain) -> Iterator[Step]:
@@ -258,6 +277,12 @@ def _free(busy: list[tuple[int, int, int]], size: int) -> int:
             break
         offset = max(offset, end)
     return offset
+
+
+def _plane(floats: int) -> int:
+    """Such planes apart, channels do not crowd into an eighth of the sets of L1, as 512 bytes apart."""
+    pitch = _round(floats, 16)
+    return pitch + 16 * (pitch % 128 == 0)
 
 
 def _round(value: int, multiple: int) -> int:

@@ -255,9 +255,9 @@ def _fake(
     channels_last: bool,
     kernel: str,
 ) -> Tensor:
-    channels, height, width = Chain.decode(layers).sizes(*x.shape[1:])[-1]
-    return x.new_empty(
-        (x.shape[0], channels, height, width), memory_format=memory_format_of(2, channels_last)
+    shape = (x.shape[0], *Chain.decode(layers).sizes(*x.shape[1:])[-1])
+    return torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(2, channels_last)
     )
 
 

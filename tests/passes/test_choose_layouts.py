@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from chain_cases import no_chains  # noqa: F401
+from chain_models import no_chains  # noqa: F401
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_cases import compiling

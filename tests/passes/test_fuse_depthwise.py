@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from chain_cases import no_chains  # noqa: F401
+from chain_models import no_chains  # noqa: F401
 from kernel_cases import compiling, count_kernels
 from layer_cases import FIXED
 from torch import Tensor, nn
