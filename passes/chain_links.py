@@ -100,9 +100,15 @@ class Links:
 
 def is_closed(links: Sequence[Link]) -> bool:
     """Whether nobody else reads what is between the links, nor they what is not."""
+    ends_last = _first_read_outside(links) == len(links) - 1
+    return ends_last and all(link.adds is None or link.adds >= 0 for link in links)
+
+
+def _first_read_outside(links: Sequence[Link]) -> int:
+    """Number of the first link whose result others read; the last one's is for others."""
     members = {node for link in links for node in link.nodes}
-    read_inside = all(members.issuperset(link.result.users) for link in links[:-1])
-    return read_inside and all(link.adds is None or link.adds >= 0 for link in links)
+    inside = (members.issuperset(link.result.users) for link in links[:-1])
+    return next((i for i, is_inside in enumerate(inside) if not is_inside), len(links) - 1)
 
 
 def ends(links: Sequence[Link]) -> tuple[Node, Node]:
@@ -118,11 +124,13 @@ def part(links: Sequence[Link], begin: int, end: int) -> list[Link]:
 
 
 def paths(gm: GraphModule, kind: Callable[[Node], Kind | None]) -> Iterator[list[Link]]:
-    """The longest chains, each layer in one of them."""
+    """The longest chains that nobody else looks into, each layer in one of them."""
     links, seen = Links(gm, kind), set[Node]()
     for node in gm.graph.nodes:
         if node not in seen and kind(node):
             path = links.behind(node)
+            while not is_closed(path):
+                path = path[: _first_read_outside(path) + 1]
             seen.update(link.layer for link in path)
             yield path
 

@@ -51,10 +51,11 @@ def fuse_depthwise(gm: GraphModule) -> int:
 
 
 def fusible_layers(gm: GraphModule, plan: Plan) -> Iterator[tuple[Decision, Decision]]:
-    """Layers between which nothing but an activation stands, of whatever kinds."""
+    """Layers between which nothing but an activation stands, of whatever kinds; the first reads every pixel."""
     layers = {decision.site.node: decision for decision in plan}
+    firsts = {name for name, decision in layers.items() if all(s == 1 for s in decision.site.stride)}
     for node in gm.graph.nodes:
-        behind = _behind(node) if node.name in layers else None
+        behind = _behind(node) if node.name in firsts else None
         if behind is not None and behind.depthwise.name in layers:
             yield layers[node.name], layers[behind.depthwise.name]
 
@@ -89,7 +90,8 @@ def _pairs(gm: GraphModule) -> Iterator[tuple[Node, _Behind]]:
     ops = torch.ops.blocksparse
     for node in gm.graph.find_nodes(op="call_function", target=ops.conv.default):
         config = KernelConfig.decode(node.args[-1])
-        behind = _behind(node) if is_fused(config.parameters) else None
+        stride: Any = node.args[7]
+        behind = _behind(node) if is_fused(config.parameters) and set(stride) == {1} else None
         if behind is not None and behind.depthwise.target == ops.depthwise.default:
             yield node, behind
 

@@ -98,6 +98,15 @@ def test_what_others_read_is_kept():
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_strided_convolution_keeps_its_kernel():
+    torch.manual_seed(0)
+    first = bsc.prune_blocks(nn.Conv2d(32, 128, 1, stride=2), (4, 1), 0.15)
+    model, x = nn.Sequential(first, nn.Conv2d(128, 128, 3, groups=128)), torch.randn(1, 32, 56, 56)
+    gm, plan = lowered(model, x)
+    assert not pairs(gm) and not any(is_fused(d.config) for d in plan)
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_compiled_network_runs_pairs_and_no_copies():
     model = Residual(nn.ReLU6()).eval()
     x = torch.randn(2, 32, 28, 28)
