@@ -235,8 +235,7 @@ class ChainBands:
         """Floats of a plane: all that is read and written of it in whole vectors."""
         ends = [tensor.count * tensor.width]
         for band in range(self.bands):
-            begin, end = tensor.own(band)
-            start = (begin - tensor.first[band]) * tensor.width
+            start = (tensor.own(band)[0] - tensor.first[band]) * tensor.width
             ends.append(start + self.vectors(tensor.rows, tensor.width) * self.lanes)
             for step in self.steps:
                 if step.reads != number or step.pointwise is None:

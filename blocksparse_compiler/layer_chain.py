@@ -1,4 +1,4 @@
-"""`blocksparse::layer_chain`: sparse 1x1 convolutions and depthwise ones, one behind the other, in one kernel.
+"""`blocksparse::layer_chain`: sparse 1x1 convolutions and depthwise ones in a row, in one kernel.
 
 Sparse mobile networks compute so little that what one core writes and another reads decides. A chain cuts the
 image into bands of rows, and each thread runs all layers on its own: only the rows at a border change hands
@@ -147,9 +147,9 @@ def _whole(channels: int) -> int:
 
 
 def _decode_layer(text: str) -> Layer:
-    config = KernelConfig.decode(text)
-    known = config.parameters
     try:
+        config = KernelConfig.decode(text)
+        known = config.parameters
         activation = Activation.parse(str(known["activation"]))
         if config.variant == "pointwise":
             adds = known.get("adds")
@@ -158,7 +158,7 @@ def _decode_layer(text: str) -> Layer:
         if config.variant == "depthwise":
             g = [int(number) for number in str(known["geometry"]).split(",")]
             return Depthwise((g[0], g[1]), (g[2], g[3]), (g[4], g[5], g[6], g[7]), (g[8], g[9]), activation)
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, PlanError):
         pass
     raise PlanError(
         "layer chain", "layers as Chain.encode() writes them", repr(text), "Compile the model anew."
@@ -174,7 +174,7 @@ def pack_pointwise(values: Tensor, row_ptr: Tensor, tile_index: Tensor) -> tuple
 
 
 def pack_filters(weight: Tensor) -> Tensor:
-    """One layer's part of `filters`, `[channels, taps]`, from `depthwise.DEPTHWISE.pack`'s `[taps, channels]`."""
+    """One layer's part of `filters`, `[channels, taps]`, from `[taps, channels]` of `depthwise.DEPTHWISE`."""
     return weight.t().flatten()
 
 

@@ -22,7 +22,7 @@ from blocksparse_compiler.layer_chain import (
     pack_filters,
     pack_pointwise,
 )
-from blocksparse_compiler.layouts import Layouts
+from blocksparse_compiler.layouts import CHANNELS_FIRST, Layouts
 from blocksparse_compiler.pointwise_depthwise import Activation
 
 RELU6, IDENTITY = Activation("clamp", 0.0, 6.0), Activation("identity")
@@ -35,7 +35,7 @@ class ChainCase:
     shape: tuple[int, int, int, int]
     layers: tuple[Layer, ...]
     bands: int = 2
-    layouts: Layouts = Layouts(True, True)
+    layouts: Layouts = CHANNELS_FIRST
     density: float = 0.3
 
 
@@ -46,7 +46,11 @@ def pointwise(
 
 
 def depthwise(
-    size: int = 3, stride: int = 1, activation: Activation = RELU6, dilation: int = 1, padding: int | None = None
+    size: int = 3,
+    stride: int = 1,
+    activation: Activation = RELU6,
+    dilation: int = 1,
+    padding: int | None = None,
 ) -> Depthwise:
     pad = dilation * (size // 2) if padding is None else padding
     return Depthwise((size, size), (stride, stride), (pad,) * 4, (dilation, dilation), activation)
@@ -114,6 +118,5 @@ def _layer(layer: Layer, weight: Tensor, bias: Tensor) -> Callable[[list[Tensor]
             nn.functional.pad(tensors[-1], pad), weight, bias, layer.stride, 0, layer.dilation, groups
         )
     return lambda tensors: (
-        nn.functional.conv2d(tensors[-1], weight, bias)
-        + (0 if layer.adds is None else tensors[layer.adds])
+        nn.functional.conv2d(tensors[-1], weight, bias) + (0 if layer.adds is None else tensors[layer.adds])
     )
