@@ -51,7 +51,7 @@ def fuse_depthwise(gm: GraphModule) -> int:
 
 
 def fusible_layers(gm: GraphModule, plan: Plan) -> Iterator[tuple[Decision, Decision]]:
-    """Layers between which nothing but an activation stands, of whatever kinds; the first reads every pixel."""
+    """Layers between which nothing but an activation stands, of whatever kinds; the first is not strided."""
     layers = {decision.site.node: decision for decision in plan}
     firsts = {name for name, decision in layers.items() if all(s == 1 for s in decision.site.stride)}
     for node in gm.graph.nodes:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from chain_cases import IDENTITY, ChainCase, ChainModule, depthwise, pointwise
-from kernel_cases import run
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_cases import compiling, run
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-=======
 from blocksparse_compiler.chain_bands import BandTensor, ChainBands
 from blocksparse_compiler.cpu_spmm import HEIGHTS
 from blocksparse_compiler.errors import PlanError
 from blocksparse_compiler.layer_chain import Chain
->>>>>>> chain
 from blocksparse_compiler.layouts import Layouts
 from blocksparse_compiler.pointwise_depthwise import Activation
 
