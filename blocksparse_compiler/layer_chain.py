@@ -7,7 +7,7 @@ image into bands of rows, and each thread runs all layers on its own: only the r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,15 @@ from .pointwise_depthwise import Activation
 
 CHAIN = "cpu_f32_chain"
 """Name of the kernel; its parameters: `bands` of an image, and the layouts that it reads and writes."""
+
+MEMBER = "chain"
+"""A parameter of the kernels of layers that run as one: the number of their chain."""
+
+
+def chain_of(config: Mapping[str, int | str]) -> int | None:
+    """The number of the chain that a layer with this kernel runs in."""
+    number = config.get(MEMBER)
+    return number if isinstance(number, int) else None
 
 
 @dataclass(frozen=True)
