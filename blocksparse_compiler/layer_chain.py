@@ -7,6 +7,7 @@ image into bands of rows, and each thread runs all layers on its own: only the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from .cpu_spmm import SIDE
 from .errors import PlanError
 from .kernel_variant import KernelConfig
-from .ops import LIBRARY, memory_format_of
+from .ops import Operand, define, memory_format_of
 from .pointwise_depthwise import Activation
+from .window import Window
 
 CHAIN = "cpu_f32_chain"
 """Name of the kernel; its parameters: `bands` of an image, and the layouts that it reads and writes."""
@@ -70,12 +72,9 @@ class Depthwise:
     dilation: tuple[int, int]
     activation: Activation
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        top, bottom, left, right = self.padding
-        padded = (height + top + bottom, width + left + right)
-        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        rows, columns = ((padded[i] - reach[i]) // self.stride[i] + 1 for i in range(2))
-        return rows, columns
+    @property
+    def window(self) -> Window:
+        return Window(self.kernel_size, self.stride, self.padding, self.dilation)
 
     def encode(self) -> str:
         geometry = (*self.kernel_size, *self.stride, *self.padding, *self.dilation)
@@ -105,7 +104,7 @@ class Chain:
         found = [(channels, height, width)]
         for layer in self.layers:
             if isinstance(layer, Depthwise):
-                found.append((found[-1][0], *layer.output_size(*found[-1][1:])))
+                found.append((found[-1][0], *layer.window.output_size(found[-1][1:])))
             else:
                 found.append((layer.out_channels, *found[-1][1:]))
         return found
@@ -125,7 +124,7 @@ class Chain:
                     at.biases + _whole(channels),
                 )
             else:
-                taps = layer.kernel_size[0] * layer.kernel_size[1]
+                taps = math.prod(layer.kernel_size)
                 filters, biases = at.filters + channels * taps, at.biases + _whole(channels)
                 at = Offsets(at.values, at.row_ptr, at.tile_index, filters, biases)
         return found
@@ -188,81 +187,68 @@ def pack_bias(bias: Tensor | None, channels: int) -> Tensor:
 
 # ---- the operator ---------------------------------------------------------------------------------
 
-_SCHEMA = (
-    "layer_chain(Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor filters, Tensor biases, "
-    "str layers, bool channels_last, str kernel) -> Tensor"
-)
-LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+@dataclass(frozen=True)
+class LayerChainArguments:
+    """The operands of all layers, one behind the other; `layers` is the text of the `Chain`."""
+
+    x: Operand
+    values: Operand
+    row_ptr: Operand
+    tile_index: Operand
+    filters: Operand
+    biases: Operand
+    layers: str
+    channels_last: bool
+    kernel: str
+
+    @property
+    def chain(self) -> Chain:
+        return Chain.decode(self.layers)
 
 
-def _reference(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    filters: Tensor,
-    biases: Tensor,
-    layers: str,
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
+def _reference(args: LayerChainArguments) -> Tensor:
+    x, chain = args.x, args.chain
     tensors = [x]
-    chain = Chain.decode(layers)
-    weights = _weights(chain, x.shape[1], values, row_ptr, tile_index, filters)
-    for layer, weight, at in zip(chain.layers, weights, chain.offsets(x.shape[1]), strict=True):
-        bias = biases.flatten()[at.biases :][: weight.shape[0]]
+    for layer, weight, at in zip(chain.layers, _weights(args), chain.offsets(x.shape[1]), strict=True):
+        bias = args.biases.flatten()[at.biases :][: weight.shape[0]]
         out = _run(layer, tensors[-1], weight, bias)
         if isinstance(layer, Pointwise) and layer.adds is not None:
             out = out + tensors[layer.adds]
         tensors.append(layer.activation(out))
-    return tensors[-1].contiguous(memory_format=memory_format_of(2, channels_last))
+    return tensors[-1].contiguous(memory_format=memory_format_of(2, args.channels_last))
 
 
 def _run(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if isinstance(layer, Pointwise):
         return torch.conv2d(x, weight, bias)
-    top, bottom, left, right = layer.padding
-    x = torch.nn.functional.pad(x, (left, right, top, bottom))
-    return torch.conv2d(x, weight, bias, layer.stride, 0, layer.dilation, weight.shape[0])
+    return torch.conv2d(layer.window.pad(x), weight, bias, layer.stride, 0, layer.dilation, weight.shape[0])
 
 
-def _weights(
-    chain: Chain, channels: int, values: Tensor, row_ptr: Tensor, tile_index: Tensor, filters: Tensor
-) -> Iterator[Tensor]:
+def _weights(args: LayerChainArguments) -> Iterator[Tensor]:
     """Dense ones, as torch's convolution takes them."""
-    for layer, at in zip(chain.layers, chain.offsets(channels), strict=True):
+    channels = args.x.shape[1]
+    for layer, at in zip(args.chain.layers, args.chain.offsets(channels), strict=True):
         if isinstance(layer, Pointwise):
-            ends = row_ptr.flatten()[at.row_ptr :][: layer.rows + 1].long()
+            ends = args.row_ptr.flatten()[at.row_ptr :][: layer.rows + 1].long()
             rows = torch.repeat_interleave(torch.arange(layer.rows, device=ends.device), ends.diff())
-            blocks = values.flatten()[at.values :][: layer.blocks * layer.height].view(-1, layer.height)
-            dense = values.new_zeros(layer.rows, channels, layer.height)
-            dense[rows, tile_index.flatten()[at.tile_index :][: layer.blocks].long()] = blocks
+            blocks = args.values.flatten()[at.values :][: layer.blocks * layer.height].view(-1, layer.height)
+            dense = args.values.new_zeros(layer.rows, channels, layer.height)
+            dense[rows, args.tile_index.flatten()[at.tile_index :][: layer.blocks].long()] = blocks
             channels = layer.out_channels
             yield dense.transpose(1, 2).flatten(0, 1)[:channels, :, None, None]
         else:
-            taps = layer.kernel_size[0] * layer.kernel_size[1]
-            yield filters.flatten()[at.filters :][: channels * taps].view(channels, 1, *layer.kernel_size)
+            filters = args.filters.flatten()[at.filters :][: channels * math.prod(layer.kernel_size)]
+            yield filters.view(channels, 1, *layer.kernel_size)
 
 
-def _fake(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    filters: Tensor,
-    biases: Tensor,
-    layers: str,
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    shape = (x.shape[0], *Chain.decode(layers).sizes(*x.shape[1:])[-1])
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(2, channels_last)
-    )
+def _fake(args: LayerChainArguments) -> Tensor:
+    x = args.x
+    shape, layout = args.chain.sizes(*x.shape[1:])[-1], memory_format_of(2, args.channels_last)
+    return torch.empty((x.shape[0], *shape), dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-LIBRARY.impl("layer_chain", _reference, "CompositeExplicitAutograd")
-torch.library.register_fake("blocksparse::layer_chain", _fake, lib=LIBRARY)
+define("layer_chain", LayerChainArguments, _reference, _fake)
 
 
 def concatenated(parts: Sequence[Tensor], like: Tensor) -> Tensor:

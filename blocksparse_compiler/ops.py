@@ -8,35 +8,107 @@ replaces them by generated kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .packing import INPUT_MAJOR, unpack_weight
 from .variants import VARIANTS
-
-_CONV = (
-    "conv(Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor? bias, "
-    "int out_channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-    "bool channels_last, str kernel) -> Tensor"
-)
-_LINEAR = (
-    "linear(Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor? bias, "
-    "int out_channels, str kernel) -> Tensor"
-)
-_DEPTHWISE = (
-    "depthwise(Tensor x, Tensor weight, Tensor? bias, int[] kernel_size, int[] stride, int[] padding, "
-    "int[] dilation, bool channels_last, str kernel) -> Tensor"
-)
+from .window import Window
 
 LIBRARY = torch.library.Library("blocksparse", "DEF")
-LIBRARY.define(_CONV, tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.define(_DEPTHWISE, tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.define(_LINEAR, tags=(torch.Tag.pt2_compliant_tag,))
+
+OPERATORS: dict[str, type[Any]] = {}
+"""The arguments of each operator that has lowerings, by its name."""
+
+Operand = Any
+"""A tensor, or what stands for one in a lowering."""
+
+_SCHEMA_TYPES = {"Operand": "Tensor", "Operand | None": "Tensor?", "Sequence[int]": "int[]"}
+
+Arguments = TypeVar("Arguments")
 
 
-# ---- reference implementations --------------------------------------------------------------------
+def define(
+    name: str,
+    arguments: type[Arguments],
+    reference: Callable[[Arguments], Tensor],
+    fake: Callable[[Arguments], Tensor],
+) -> None:
+    """Adds an operator to the library. Its arguments are the fields of a dataclass, in their order."""
+    parameters = [
+        f"{_SCHEMA_TYPES.get(str(field.type), field.type)} {field.name}"
+        + ("" if field.default is MISSING else f"={field.default}")
+        for field in fields(arguments)  # type: ignore[arg-type]
+    ]
+    LIBRARY.define(f"{name}({', '.join(parameters)}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, lambda *args: reference(arguments(*args)), "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"blocksparse::{name}", lambda *args, **options: fake(arguments(*args, **options)), lib=LIBRARY
+    )
+    OPERATORS[name] = arguments
+
+
+# ---- arguments --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinearArguments:
+    x: Operand
+    values: Operand
+    row_ptr: Operand
+    tile_index: Operand
+    bias: Operand | None
+    out_channels: int
+    kernel: str
+
+
+class Convolution:
+    """Arguments of a convolution."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    @property
+    def window(self) -> Window:
+        return Window(self.kernel_size, self.stride, self.padding, self.dilation)
+
+
+@dataclass(frozen=True)
+class ConvArguments(Convolution):
+    x: Operand
+    values: Operand
+    row_ptr: Operand
+    tile_index: Operand
+    bias: Operand | None
+    out_channels: int
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    channels_last: bool
+    kernel: str
+
+
+@dataclass(frozen=True)
+class DepthwiseArguments(Convolution):
+    x: Operand
+    weight: Operand
+    bias: Operand | None
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    channels_last: bool
+    kernel: str
+
+
+# ---- reference implementations ----------------------------------------------------------------------
 
 
 def layout_of(kernel: str) -> str:
@@ -45,112 +117,31 @@ def layout_of(kernel: str) -> str:
     return variant.weight_layout if variant is not None else INPUT_MAJOR
 
 
-def _conv_reference(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    weight = unpack_weight(
-        values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size, layout_of(kernel)
-    )
-    return dense_conv(x, weight, bias, stride, padding, dilation, channels_last)
-
-
 def dense_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    window: Window,
     channels_last: bool,
     groups: int = 1,
     fill: float = 0,
 ) -> Tensor:
-    """Torch's convolution; `padding` is `(before, after)` of each dimension in turn, and holds `fill`."""
-    pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
-    before = [lo for lo, _ in pairs]
-    if fill or any(lo != hi or lo < 0 for lo, hi in pairs):
-        x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair], value=fill)
-        before = [0] * len(pairs)
-    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[len(pairs) - 1]
-    out = conv(x, weight, bias, list(stride), before, list(dilation), groups)
-    return out.contiguous(memory_format=memory_format_of(len(pairs), channels_last))
-
-
-def _conv_fake(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    return conv_output(x, x.dtype, out_channels, kernel_size, stride, padding, dilation, channels_last)
+    """Torch's convolution; the padding holds `fill`."""
+    before = [lo for lo, _ in window.borders]
+    if fill or any(lo != hi or lo < 0 for lo, hi in window.borders):
+        x, before = window.pad(x, fill), [0] * window.dims
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[window.dims - 1]
+    out = conv(x, weight, bias, list(window.stride), before, list(window.dilation), groups)
+    return out.contiguous(memory_format=memory_format_of(window.dims, channels_last))
 
 
 def conv_output(
-    x: Tensor,
-    dtype: torch.dtype,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
+    x: Tensor, dtype: torch.dtype, out_channels: int, window: Window, channels_last: bool
 ) -> Tensor:
     """An empty tensor for the result of `dense_conv`."""
-    spatial = [
-        (size + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate(x.shape[2:])
-    ]
-    memory_format = memory_format_of(len(kernel_size), channels_last)
-    shape = (x.shape[0], out_channels, *spatial)
+    shape = (x.shape[0], out_channels, *window.output_size(x.shape[2:]))
+    memory_format = memory_format_of(window.dims, channels_last)
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
-
-
-def _depthwise_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    filters = weight.t().reshape(x.shape[1], 1, *kernel_size)
-    return dense_conv(x, filters, bias, stride, padding, dilation, channels_last, groups=x.shape[1])
-
-
-def _depthwise_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    return conv_output(x, x.dtype, x.shape[1], kernel_size, stride, padding, dilation, channels_last)
 
 
 def memory_format_of(spatial_dims: int, channels_last: bool) -> torch.memory_format:
@@ -159,34 +150,44 @@ def memory_format_of(spatial_dims: int, channels_last: bool) -> torch.memory_for
     return torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
 
 
-def _linear_reference(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel: str,
-) -> Tensor:
-    weight = unpack_weight(values, row_ptr, tile_index, out_channels, x.shape[-1], (), layout_of(kernel))
-    return torch.nn.functional.linear(x, weight, bias).contiguous()
+def _conv_reference(args: ConvArguments) -> Tensor:
+    tables = (
+        args.values,
+        args.row_ptr,
+        args.tile_index,
+        args.out_channels,
+        args.x.shape[1],
+        args.kernel_size,
+    )
+    weight = unpack_weight(*tables, layout_of(args.kernel))
+    return dense_conv(args.x, weight, args.bias, args.window, args.channels_last)
 
 
-def _linear_fake(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    bias: Tensor | None,
-    out_channels: int,
-    kernel: str,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_channels)
+def _conv_fake(args: ConvArguments) -> Tensor:
+    return conv_output(args.x, args.x.dtype, args.out_channels, args.window, args.channels_last)
 
 
-LIBRARY.impl("conv", _conv_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("depthwise", _depthwise_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("linear", _linear_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("blocksparse::conv", _conv_fake, lib=LIBRARY)
-torch.library.register_fake("blocksparse::depthwise", _depthwise_fake, lib=LIBRARY)
-torch.library.register_fake("blocksparse::linear", _linear_fake, lib=LIBRARY)
+def _depthwise_reference(args: DepthwiseArguments) -> Tensor:
+    channels = args.x.shape[1]
+    filters = args.weight.t().reshape(channels, 1, *args.kernel_size)
+    return dense_conv(args.x, filters, args.bias, args.window, args.channels_last, groups=channels)
+
+
+def _depthwise_fake(args: DepthwiseArguments) -> Tensor:
+    return conv_output(args.x, args.x.dtype, args.x.shape[1], args.window, args.channels_last)
+
+
+def _linear_reference(args: LinearArguments) -> Tensor:
+    tables = (args.values, args.row_ptr, args.tile_index, args.out_channels, args.x.shape[-1], ())
+    weight = unpack_weight(*tables, layout_of(args.kernel))
+    return torch.nn.functional.linear(args.x, weight, args.bias).contiguous()
+
+
+def _linear_fake(args: LinearArguments) -> Tensor:
+    out: Tensor = args.x.new_empty(*args.x.shape[:-1], args.out_channels)
+    return out
+
+
+define("conv", ConvArguments, _conv_reference, _conv_fake)
+define("depthwise", DepthwiseArguments, _depthwise_reference, _depthwise_fake)
+define("linear", LinearArguments, _linear_reference, _linear_fake)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import PlanError
-from .ops import LIBRARY, conv_output, dense_conv, layout_of
+from .ops import Convolution, Operand, conv_output, define, dense_conv, layout_of
 from .packing import unpack_weight
 
 FUSE = "fuse"
@@ -24,13 +24,6 @@ FUSE = "fuse"
 
 def is_fused(config: Mapping[str, int | str]) -> bool:
     return config.get(FUSE) == "depthwise"
-
-
-_SCHEMA = (
-    "pointwise_depthwise(Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor row_bias, "
-    "str activation, Tensor weight, Tensor bias, int[] kernel_size, int[] stride, int[] padding, "
-    "int[] dilation, bool channels_last, str kernel) -> Tensor"
-)
 
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -77,51 +70,37 @@ class Activation:
         return f"clamp(x, {self.low!r}f, {self.high!r}f)" if self.name == "clamp" else f"{self.name}(x)"
 
 
-LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+@dataclass(frozen=True)
+class PointwiseDepthwiseArguments(Convolution):
+    """Of the pointwise layer: its packed weight and `row_bias`; of the depthwise layer: what follows."""
+
+    x: Operand
+    values: Operand
+    row_ptr: Operand
+    tile_index: Operand
+    row_bias: Operand
+    activation: str
+    weight: Operand
+    bias: Operand
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    channels_last: bool
+    kernel: str
 
 
-def _reference(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    row_bias: Tensor,
-    activation: str,
-    weight: Tensor,
-    bias: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    hidden = row_bias.shape[0]
-    pointwise = unpack_weight(values, row_ptr, tile_index, hidden, x.shape[1], (1, 1), layout_of(kernel))
-    inner = Activation.parse(activation)(torch.conv2d(x, pointwise, row_bias))
-    filters = weight.t().reshape(hidden, 1, *kernel_size)
-    return dense_conv(inner, filters, bias, stride, padding, dilation, channels_last, groups=hidden)
+def _reference(args: PointwiseDepthwiseArguments) -> Tensor:
+    hidden = args.row_bias.shape[0]
+    tables = (args.values, args.row_ptr, args.tile_index, hidden, args.x.shape[1], (1, 1))
+    pointwise = unpack_weight(*tables, layout_of(args.kernel))
+    inner = Activation.parse(args.activation)(torch.conv2d(args.x, pointwise, args.row_bias))
+    filters = args.weight.t().reshape(hidden, 1, *args.kernel_size)
+    return dense_conv(inner, filters, args.bias, args.window, args.channels_last, groups=hidden)
 
 
-def _fake(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    row_bias: Tensor,
-    activation: str,
-    weight: Tensor,
-    bias: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    hidden = row_bias.shape[0]
-    return conv_output(x, x.dtype, hidden, kernel_size, stride, padding, dilation, channels_last)
+def _fake(args: PointwiseDepthwiseArguments) -> Tensor:
+    return conv_output(args.x, args.x.dtype, args.row_bias.shape[0], args.window, args.channels_last)
 
 
-LIBRARY.impl("pointwise_depthwise", _reference, "CompositeExplicitAutograd")
-torch.library.register_fake("blocksparse::pointwise_depthwise", _fake, lib=LIBRARY)
+define("pointwise_depthwise", PointwiseDepthwiseArguments, _reference, _fake)

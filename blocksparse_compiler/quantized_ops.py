@@ -10,23 +10,46 @@ is fp32. Pixels beyond the image are real zeros: they read as the zero point.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .ops import LIBRARY, conv_output, dense_conv, layout_of
+from .ops import Convolution, Operand, conv_output, define, dense_conv, layout_of
 from .packing import unpack_weight
 
-_WEIGHT = (
-    "Tensor x, Tensor values, Tensor row_ptr, Tensor tile_index, Tensor? bias, Tensor scale, "
-    "Tensor weight_sums, int zero_point, int out_channels"
-)
-_GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool channels_last"
 
-LIBRARY.define(
-    f"quantized_conv({_WEIGHT}, {_GEOMETRY}, str kernel) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-LIBRARY.define(f"quantized_linear({_WEIGHT}, str kernel) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+@dataclass(frozen=True)
+class QuantizedLinearArguments:
+    x: Operand
+    values: Operand
+    row_ptr: Operand
+    tile_index: Operand
+    bias: Operand | None
+    scale: Operand
+    weight_sums: Operand
+    zero_point: int
+    out_channels: int
+    kernel: str
+
+
+@dataclass(frozen=True)
+class QuantizedConvArguments(Convolution):
+    x: Operand
+    values: Operand
+    row_ptr: Operand
+    tile_index: Operand
+    bias: Operand | None
+    scale: Operand
+    weight_sums: Operand
+    zero_point: int
+    out_channels: int
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    channels_last: bool
+    kernel: str
 
 
 def weight_sums(weight: Tensor) -> Tensor:
@@ -34,89 +57,40 @@ def weight_sums(weight: Tensor) -> Tensor:
     return weight.flatten(1).sum(1, dtype=torch.int32)
 
 
-def _conv_reference(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    weight_sums: Tensor,
-    zero_point: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    tables = (values, row_ptr, tile_index, out_channels, x.shape[1], kernel_size)
-    weight = unpack_weight(*tables, layout_of(kernel)).double()
+def _conv_reference(args: QuantizedConvArguments) -> Tensor:
+    tables = (
+        args.values,
+        args.row_ptr,
+        args.tile_index,
+        args.out_channels,
+        args.x.shape[1],
+        args.kernel_size,
+    )
+    weight = unpack_weight(*tables, layout_of(args.kernel)).double()
     # In double: exact up to 2**53, and int32 sums are what the kernels allow.
-    offset = -zero_point * weight_sums.double()
-    sums = dense_conv(x.double(), weight, offset, stride, padding, dilation, channels_last, fill=zero_point)
-    shape = (-1, *[1] * len(kernel_size))
-    out = sums * scale.double().view(shape)
-    return (out if bias is None else out + bias.double().view(shape)).float()
+    offset = -args.zero_point * args.weight_sums.double()
+    sums = dense_conv(args.x.double(), weight, offset, args.window, args.channels_last, fill=args.zero_point)
+    shape = (-1, *[1] * args.window.dims)
+    out = sums * args.scale.double().view(shape)
+    return (out if args.bias is None else out + args.bias.double().view(shape)).float()
 
 
-def _conv_fake(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    weight_sums: Tensor,
-    zero_point: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Tensor:
-    geometry = (kernel_size, stride, padding, dilation, channels_last)
-    return conv_output(x, torch.float32, out_channels, *geometry)
+def _conv_fake(args: QuantizedConvArguments) -> Tensor:
+    return conv_output(args.x, torch.float32, args.out_channels, args.window, args.channels_last)
 
 
-def _linear_reference(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    weight_sums: Tensor,
-    zero_point: int,
-    out_channels: int,
-    kernel: str,
-) -> Tensor:
-    tables = (values, row_ptr, tile_index, out_channels, x.shape[-1], ())
-    weight = unpack_weight(*tables, layout_of(kernel)).double()
-    sums = torch.nn.functional.linear(x.double(), weight, -zero_point * weight_sums.double())
-    out = sums * scale.double()
-    return (out if bias is None else out + bias.double()).float().contiguous()
+def _linear_reference(args: QuantizedLinearArguments) -> Tensor:
+    tables = (args.values, args.row_ptr, args.tile_index, args.out_channels, args.x.shape[-1], ())
+    weight = unpack_weight(*tables, layout_of(args.kernel)).double()
+    sums = torch.nn.functional.linear(args.x.double(), weight, -args.zero_point * args.weight_sums.double())
+    out = sums * args.scale.double()
+    return (out if args.bias is None else out + args.bias.double()).float().contiguous()
 
 
-def _linear_fake(
-    x: Tensor,
-    values: Tensor,
-    row_ptr: Tensor,
-    tile_index: Tensor,
-    bias: Tensor | None,
-    scale: Tensor,
-    weight_sums: Tensor,
-    zero_point: int,
-    out_channels: int,
-    kernel: str,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_channels, dtype=torch.float32)
+def _linear_fake(args: QuantizedLinearArguments) -> Tensor:
+    out: Tensor = args.x.new_empty(*args.x.shape[:-1], args.out_channels, dtype=torch.float32)
+    return out
 
 
-LIBRARY.impl("quantized_conv", _conv_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("quantized_linear", _linear_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("blocksparse::quantized_conv", _conv_fake, lib=LIBRARY)
-torch.library.register_fake("blocksparse::quantized_linear", _linear_fake, lib=LIBRARY)
+define("quantized_conv", QuantizedConvArguments, _conv_reference, _conv_fake)
+define("quantized_linear", QuantizedLinearArguments, _linear_reference, _linear_fake)

@@ -14,24 +14,20 @@ depends on the pattern alone is computed once (`training_tables`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops import LIBRARY, layout_of, memory_format_of
+from .ops import LIBRARY, Convolution, Operand, define, layout_of, memory_format_of
 from .packing import INPUT_MAJOR
 from .training_tables import most_surplus, phases
 
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation"
 _TABLES = "Tensor tile_index, Tensor? groups, Tensor[] tables, str kernel, str[] input_kernels"
 
-LIBRARY.define(
-    f"weight_grad(Tensor grad, Tensor x, Tensor tile_index, int[] block_shape, {_GEOMETRY}, "
-    "Tensor? groups=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 LIBRARY.define(
     f"sparse_conv(Tensor x, Tensor tiles, Tensor? bias, int out_channels, {_GEOMETRY}, "
     f"bool channels_last, {_TABLES}) -> Tensor",
@@ -51,39 +47,39 @@ LIBRARY.define(
 # ---- gradient of the tiles -------------------------------------------------------------------------
 
 
-def _weight_grad_reference(
-    grad: Tensor,
-    x: Tensor,
-    tile_index: Tensor,
-    block_shape: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: Tensor | None = None,
-) -> Tensor:
-    channel_dim = 1 if kernel_size else -1
-    shape = (grad.shape[channel_dim], x.shape[channel_dim], *kernel_size)
-    if kernel_size:
-        pairs = [padding[i : i + 2] for i in range(0, len(padding), 2)]
-        x = torch.nn.functional.pad(x, [p for pair in reversed(pairs) for p in pair])
-        zeros = [0] * len(pairs)
+@dataclass(frozen=True)
+class WeightGradArguments(Convolution):
+    grad: Operand
+    x: Operand
+    tile_index: Operand
+    block_shape: Sequence[int]
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: Operand | None = None
+
+
+def _weight_grad_reference(args: WeightGradArguments) -> Tensor:
+    if not args.kernel_size:
+        dense = args.grad.flatten(0, -2).t() @ args.x.flatten(0, -2)
+    else:
+        shape = (args.grad.shape[1], args.x.shape[1], *args.kernel_size)
+        zeros = [0] * args.window.dims
         dense = torch.ops.aten.convolution_backward(
-            grad,
-            x,
-            grad.new_zeros(shape),
+            args.grad,
+            args.window.pad(args.x),
+            args.grad.new_zeros(shape),
             None,
-            stride,
+            args.stride,
             zeros,
-            dilation,
+            args.dilation,
             False,
             zeros,
             1,
             [False, True, False],
         )[1]
-    else:
-        dense = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-    return _tiles_at(dense, tile_index, block_shape)
+    return _tiles_at(dense, args.tile_index, args.block_shape)
 
 
 def _tiles_at(weight: Tensor, tile_index: Tensor, block_shape: Sequence[int]) -> Tensor:
@@ -94,14 +90,12 @@ def _tiles_at(weight: Tensor, tile_index: Tensor, block_shape: Sequence[int]) ->
     return tiles[row, :, first // bw, :, tap].contiguous()
 
 
-def _weight_grad_fake(
-    grad: Tensor, x: Tensor, tile_index: Tensor, block_shape: Sequence[int], *_: Any
-) -> Tensor:
-    return grad.new_empty(tile_index.shape[1], *block_shape)
+def _weight_grad_fake(args: WeightGradArguments) -> Tensor:
+    out: Tensor = args.grad.new_empty(args.tile_index.shape[1], *args.block_shape)
+    return out
 
 
-LIBRARY.impl("weight_grad", _weight_grad_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("blocksparse::weight_grad", _weight_grad_fake, lib=LIBRARY)
+define("weight_grad", WeightGradArguments, _weight_grad_reference, _weight_grad_fake)
 
 
 # ---- tiles of a dense weight ------------------------------------------------------------------------

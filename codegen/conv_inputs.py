@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..window import Window
 from .inductor_api import ir, pick_vec_isa
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, all_static, as_int, is_static
 
 
-def channels_last_conv(
-    x: Any, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[Any, ConvGeometry]:
+def channels_last_conv(x: Any, window: Window) -> tuple[Any, ConvGeometry]:
     """The input in channels-last memory, and the geometry of a convolution on it."""
     # Realized before its strides are asked for: a residual sum would else be copied for this layer, and
     # computed again, from all that went into it, for the next one.
@@ -21,46 +20,42 @@ def channels_last_conv(
     image_stride, channel_stride, row_stride, pixel_stride = map(as_int, x.get_stride())
     if channel_stride != 1 or not is_static(pixel_stride):
         raise Unsupported(f"strides {x.get_stride()} of the input")
-    strides = (image_stride, row_stride, pixel_stride)
-    return x, _geometry(x, strides, kernel_size, stride, padding, dilation)
+    return x, _geometry(x, (image_stride, row_stride, pixel_stride), window)
 
 
-def channels_first_conv(
-    x: Any, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[Any, ConvGeometry]:
+def channels_first_conv(x: Any, window: Window) -> tuple[Any, ConvGeometry]:
     """The input in contiguous memory `[N, C, H, W]`, and the geometry of a convolution on it."""
     x.realize()
     x = ir.ExternKernel.require_contiguous(x)
     _, channels, height, width = map(as_int, x.get_size())
     if not all_static((channels, height, width)):
         raise Unsupported(f"channels-first images of {height}x{width}")
-    strides = (channels * height * width, width, 1)
-    return x, _geometry(x, strides, kernel_size, stride, padding, dilation)
+    return x, _geometry(x, (channels * height * width, width, 1), window)
 
 
-def _geometry(
-    x: Any,
-    input_strides: tuple[Any, Any, int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+def _geometry(x: Any, input_strides: Sequence[Any], window: Window) -> ConvGeometry:
+    size = x.get_size()[2:]
+    return conv_geometry(size, window.output_size([as_int(s) for s in size]), input_strides, window)
+
+
+def conv_geometry(
+    input_size: Sequence[Any], output_size: Sequence[Any], input_strides: Sequence[Any], window: Window
 ) -> ConvGeometry:
-    size = [as_int(s) for s in x.get_size()[2:]]
-    out_size = [
-        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
-        + 1
-        for i in range(2)
-    ]
+    image, row, pixel = input_strides
     return ConvGeometry(
-        input_size=(size[0], size[1]),
-        output_size=(out_size[0], out_size[1]),
-        input_strides=input_strides,
-        kernel_size=(kernel_size[0], kernel_size[1]),
-        stride=(stride[0], stride[1]),
-        pad_begin=(padding[0], padding[2]),
-        dilation=(dilation[0], dilation[1]),
+        input_size=_pair(map(as_int, input_size)),
+        output_size=_pair(map(as_int, output_size)),
+        input_strides=(image, row, pixel),
+        kernel_size=_pair(window.kernel_size),
+        stride=_pair(window.stride),
+        pad_begin=_pair(before for before, _ in window.borders),
+        dilation=_pair(window.dilation),
     )
+
+
+def _pair(values: Iterable[Any]) -> tuple[Any, Any]:
+    first, second = values
+    return first, second
 
 
 def row_of_pixels(pixels: Any, step: int) -> ConvGeometry:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..layouts import Layouts
+from ..ops import DepthwiseArguments
 from ..variants import KernelConfig
+from ..window import Window
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
 from .cpu_depthwise_planes import DepthwisePlanesTemplate
 from .inductor_api import ir, lowerings, parallel_num_threads
@@ -23,24 +24,13 @@ MOST_PIXELS = 8
 """Of a register tile: as many sums as hide the latency of a multiply-add on two units."""
 
 
-def lower_depthwise(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Any:
-    operands = [weight] if bias is None else [weight, without_offset(bias)]
+def lower_depthwise(args: DepthwiseArguments) -> Any:
+    x, operands = args.x, [args.weight] if args.bias is None else [args.weight, without_offset(args.bias)]
     if x.get_device().type != "cpu" or any(t.get_dtype() != torch.float32 for t in (x, *operands)):
         raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
-    geometry = (kernel_size, stride, padding, dilation)
-    if is_channels_first(kernel):
-        return _lower_planes(x, operands, *geometry)
-    x, conv = channels_last_conv(x, *geometry)
+    if is_channels_first(args.kernel):
+        return _lower_planes(x, operands, args.window)
+    x, conv = channels_last_conv(x, args.window)
     n, channels = x.get_size()[0], int(x.get_size()[1])
     lanes = min(16, vectors_of_isa()[0])
     if channels < lanes or not all_static((*conv.input_size, *conv.input_strides[1:])):
@@ -60,8 +50,8 @@ def is_channels_first(kernel: str) -> bool:
     return layouts.reads_first
 
 
-def _lower_planes(x: Any, operands: list[Any], *geometry: Sequence[int]) -> Any:
-    x, conv = channels_first_conv(x, *geometry)
+def _lower_planes(x: Any, operands: list[Any], window: Window) -> Any:
+    x, conv = channels_first_conv(x, window)
     n, channels = x.get_size()[:2]
     nodes = kernel_inputs([x, *operands])
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, channels, *conv.output_size])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import sympy
 import torch
 
+from ..training_ops import WeightGradArguments
+from ..window import Window
+from .conv_inputs import conv_geometry
 from .gradient_template import GradientTile, TileGradientTemplate
 from .inductor_api import ir, parallel_num_threads, pick_vec_isa
 from .lowering_errors import Unsupported
 from .tiling import ConvGeometry, Size, as_int, equal, is_static
-from .views import kernel_inputs, reshape
+from .views import images_of_one_row, kernel_inputs, reshape
 
 PANEL_BYTES = 512 * 1024
 """Packed at once by each thread: half of a usual L2 cache."""
@@ -35,35 +37,23 @@ def gradient_tile(block_shape: tuple[int, int]) -> GradientTile | None:
     return GradientTile(lanes, vectors, rows)
 
 
-def lower_weight_grad(
-    grad: Any,
-    x: Any,
-    tile_index: Any,
-    block_shape: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: Any = None,
-) -> Any:
-    bh, bw = block_shape
-    if len(kernel_size) == 1:  # images of one row
-        grad, x = (reshape(t, [*t.get_size()[:2], 1, t.get_size()[2]]) for t in (grad, x))
-        kernel_size, stride, dilation = [1, *kernel_size], [1, *stride], [1, *dilation]
-        padding = [0, 0, *padding]
-    channel_dim = 1 if kernel_size else -1
+def lower_weight_grad(args: WeightGradArguments) -> Any:
+    (bh, bw), grad, x, window = args.block_shape, args.grad, args.x, args.window
+    if window.dims == 1:
+        grad, x, window = images_of_one_row(grad), images_of_one_row(x), window.of_one_row()
+    channel_dim = 1 if window.dims else -1
     out_channels, in_channels = (as_int(t.get_size()[channel_dim]) for t in (grad, x))
     tile = gradient_tile((bh, bw))
     if x.get_device().type != "cpu" or {t.get_dtype() for t in (x, grad)} != {torch.float32}:
         raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
     if tile is None or out_channels % bh or in_channels % bw:
         raise Unsupported(f"blocks of {bh}x{bw} on {out_channels}x{in_channels} channels")
-    if len(kernel_size) not in (0, 2):
-        raise Unsupported(f"{len(kernel_size)} spatial dimensions")
+    if window.dims not in (0, 2):
+        raise Unsupported(f"{window.dims} spatial dimensions")
     images: Size = 1
-    if kernel_size:
+    if window.dims:
         x, grad = _channels_last(x), _packed(_channels_last(grad))
-        images, conv = _conv2d(grad, x, kernel_size, stride, padding, dilation)
+        images, conv = _conv2d(grad, x, window)
         if conv.is_flat(images):
             conv = _flat(images * conv.output_size[0] * conv.output_size[1], conv.input_strides[2])
             images = 1
@@ -74,8 +64,8 @@ def lower_weight_grad(
             for t, c in ((x, in_channels), (grad, out_channels))
         )
         conv = _flat(pixels, in_channels)
-    nodes = kernel_inputs([grad, x, tile_index])
-    tiles = int(tile_index.get_size()[1])
+    nodes = kernel_inputs([grad, x, args.tile_index])
+    tiles = int(args.tile_index.get_size()[1])
     threads = parallel_num_threads()
     chunk = chunk_rows(images, conv, out_channels + in_channels, threads)
     template = TileGradientTemplate(
@@ -133,28 +123,13 @@ def _packed(t: Any) -> Any:
     return t if dense else _channels_last(ir.ExternKernel.copy_input(t))
 
 
-def _conv2d(
-    grad: Any,
-    x: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Size, ConvGeometry]:
-    n, _, *size = map(as_int, x.get_size())
+def _conv2d(grad: Any, x: Any, window: Window) -> tuple[Size, ConvGeometry]:
     image_stride, _, row_stride, pixel_stride = map(as_int, x.get_stride())
     if not is_static(pixel_stride):
         raise Unsupported(f"strides {x.get_stride()} of the input")
-    conv = ConvGeometry(
-        input_size=tuple(size),
-        output_size=tuple(map(as_int, grad.get_size()[2:])),
-        input_strides=(image_stride, row_stride, pixel_stride),
-        kernel_size=(kernel_size[0], kernel_size[1]),
-        stride=(stride[0], stride[1]),
-        pad_begin=(padding[0], padding[2]),
-        dilation=(dilation[0], dilation[1]),
-    )
-    return n, conv
+    n, _, *size = x.get_size()
+    strides = (image_stride, row_stride, pixel_stride)
+    return as_int(n), conv_geometry(size, grad.get_size()[2:], strides, window)
 
 
 def _flat(pixels: Size, step: int) -> ConvGeometry:

@@ -10,10 +10,11 @@ import torch
 
 from ..chain_bands import MOST_ROWS, ChainBands, Step
 from ..cpu_spmm import SIDE, pixel_tiles
-from ..layer_chain import Chain, Depthwise, Pointwise
+from ..layer_chain import Depthwise, LayerChainArguments, Pointwise
 from ..layouts import Layouts
 from ..pointwise_depthwise import Activation
 from ..variants import KernelConfig
+from ..window import Window
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
 from .cpu_depthwise_planes import vector_of
 from .cpu_spmm_lowering import LONGEST_ROW
@@ -25,42 +26,32 @@ from .output_matrix import OutputMatrix
 from .tiling import Size, all_static, even_segment, is_static
 from .views import kernel_inputs, without_offset
 
-_PIXELWISE = ((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
-"""Geometry of a convolution that reads its input as it is."""
+_PIXELWISE = Window((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
+"""Of a convolution that reads its input as it is."""
 
 
-def lower_layer_chain(
-    x: Any,
-    values: Any,
-    row_ptr: Any,
-    tile_index: Any,
-    filters: Any,
-    biases: Any,
-    layers: str,
-    channels_last: bool,
-    kernel: str,
-) -> Any:
+def lower_layer_chain(args: LayerChainArguments) -> Any:
+    x, parameters = args.x, KernelConfig.decode(args.kernel).parameters
     if x.get_device().type != "cpu" or x.get_dtype() != torch.float32:
         raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
-    parameters = KernelConfig.decode(kernel).parameters
     layouts = Layouts.of(parameters)
-    x, conv = (channels_first_conv if layouts.reads_first else channels_last_conv)(x, *_PIXELWISE)
+    x, conv = (channels_first_conv if layouts.reads_first else channels_last_conv)(x, _PIXELWISE)
     n, channels = x.get_size()[:2]
     if not all_static((channels, *conv.input_size)):
         raise Unsupported(f"a chain of layers on {channels} channels of images of {conv.input_size}")
-    chain, size = Chain.decode(layers), (int(channels), *map(int, conv.input_size))
+    size = int(channels), *map(int, conv.input_size)
     images_fill_threads = not is_static(n) or int(n) >= parallel_num_threads()
     bands = 1 if images_fill_threads else int(parameters.get("bands", 1))
-    out_channels, *pixels = chain.sizes(*size)[-1]
+    out_channels, *pixels = args.chain.sizes(*size)[-1]
     shape = [n, out_channels, *pixels] if layouts.writes_first else [n, *pixels, out_channels]
-    operands = [values, row_ptr, tile_index, filters, biases]
+    operands = [args.values, args.row_ptr, args.tile_index, args.filters, args.biases]
     template = LayerChainTemplate(
         kernel_inputs([x, *map(without_offset, operands)]),
         ir.FixedLayout(x.get_device(), x.get_dtype(), shape),
         parallel_num_threads(),
         images=n,
         image_strides=conv.input_strides,
-        bands=ChainBands(chain, size, bands, vectors_of_isa()[0]),
+        bands=ChainBands(args.chain, size, bands, vectors_of_isa()[0]),
         layouts=layouts,
     )
     out = template.generate().output_node()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,10 @@ import torch
 from ..amx_variant import AMX, unsupported_blocks
 from ..cpu_spmm import SPMM
 from ..cpu_variants import RegisterTile, dtype_tile
+from ..ops import ConvArguments, LinearArguments
+from ..quantized_ops import QuantizedConvArguments, QuantizedLinearArguments
 from ..variants import VARIANTS, KernelConfig
+from ..window import Window
 from .conv_inputs import channels_last_conv, row_of_pixels, vectors_of_isa
 from .cpu_amx_template import AmxTemplate, runs_amx, tiles_of
 from .cpu_int8_template import IntegerTemplate
@@ -34,26 +36,12 @@ SHORT_SUM = 48
 """A sum of so few products, on average, starts from the bias: adding it at the end would cost over 2 %."""
 
 
-def lower_linear(
-    x: Any, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
-) -> Any:
-    return _lower_linear(Weight(values, row_ptr, tile_index, bias, out_channels, kernel), x)
+def lower_linear(args: LinearArguments) -> Any:
+    return _lower_linear(Weight(args), args.x)
 
 
-def lower_quantized_linear(
-    x: Any,
-    values: Any,
-    row_ptr: Any,
-    tile_index: Any,
-    bias: Any,
-    scale: Any,
-    weight_sums: Any,
-    zero_point: int,
-    out_channels: int,
-    kernel: str,
-) -> Any:
-    tables = (values, row_ptr, tile_index, bias, out_channels, kernel)
-    return _lower_linear(_QuantizedWeight(*tables, scale, weight_sums, zero_point), x)
+def lower_quantized_linear(args: QuantizedLinearArguments) -> Any:
+    return _lower_linear(_QuantizedWeight(args), args.x)
 
 
 def _lower_linear(weight: Weight, x: Any) -> Any:
@@ -66,74 +54,27 @@ def _lower_linear(weight: Weight, x: Any) -> Any:
     return reshape(out, [*rows, weight.out_channels])
 
 
-def lower_conv(
-    x: Any,
-    values: Any,
-    row_ptr: Any,
-    tile_index: Any,
-    bias: Any,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Any:
-    weight = Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
-    return _lower_conv(weight, x, kernel_size, stride, padding, dilation)
+def lower_conv(args: ConvArguments) -> Any:
+    return _lower_conv(Weight(args), args.x, args.window)
 
 
-def lower_quantized_conv(
-    x: Any,
-    values: Any,
-    row_ptr: Any,
-    tile_index: Any,
-    bias: Any,
-    scale: Any,
-    weight_sums: Any,
-    zero_point: int,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Any:
-    tables = (values, row_ptr, tile_index, bias, out_channels, kernel)
-    weight = _QuantizedWeight(*tables, scale, weight_sums, zero_point)
-    return _lower_conv(weight, x, kernel_size, stride, padding, dilation)
+def lower_quantized_conv(args: QuantizedConvArguments) -> Any:
+    return _lower_conv(_QuantizedWeight(args), args.x, args.window)
 
 
-def _lower_conv(
-    weight: Weight,
-    x: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Any:
+def _lower_conv(weight: Weight, x: Any, window: Window) -> Any:
     weight.check(x, 1)
-    if len(kernel_size) == 1:
-        conv2d = functools.partial(_lower_conv2d, weight)
-        return conv1d_as_conv2d(conv2d, x, kernel_size, stride, padding, dilation)
-    if len(kernel_size) != 2:
-        raise Unsupported(f"{len(kernel_size)} spatial dimensions")
-    return _lower_conv2d(weight, x, kernel_size, stride, padding, dilation)
+    if window.dims == 1:
+        return conv1d_as_conv2d(functools.partial(_lower_conv2d, weight), x, window)
+    if window.dims != 2:
+        raise Unsupported(f"{window.dims} spatial dimensions")
+    return _lower_conv2d(weight, x, window)
 
 
-def _lower_conv2d(
-    weight: Weight,
-    x: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Any:
+def _lower_conv2d(weight: Weight, x: Any, window: Window) -> Any:
     if weight.config.variant == SPMM.name:
-        return lower_scattered_conv2d(weight, x, kernel_size, stride, padding, dilation)
-    x, conv = channels_last_conv(x, kernel_size, stride, padding, dilation)
+        return lower_scattered_conv2d(weight, x, window)
+    x, conv = channels_last_conv(x, window)
     n, (h, w), pixel_stride = as_int(x.get_size()[0]), conv.input_size, conv.input_strides[2]
     shape = [n, *conv.output_size, weight.out_channels]
     if conv.is_flat(n):
@@ -143,27 +84,23 @@ def _lower_conv2d(
     return lowerings[torch.ops.aten.permute.default](out, [0, 3, 1, 2])
 
 
+_Quantized = QuantizedConvArguments | QuantizedLinearArguments
+_LayerArguments = ConvArguments | LinearArguments | _Quantized
+
+
 class Weight:
     """A packed weight with its bias, and the kernel to run it."""
 
-    def __init__(
-        self,
-        values: Any,
-        row_ptr: Any,
-        tile_index: Any,
-        bias: Any,
-        out_channels: int,
-        kernel: str,
-    ) -> None:
-        values = ir.ExternKernel.require_contiguous(values)  # in training, tiles are computed
-        self.operands = [values, row_ptr, tile_index]
-        if bias is not None:
-            self.operands.append(without_offset(bias))
-        self.out_channels = out_channels
+    def __init__(self, args: _LayerArguments) -> None:
+        values = ir.ExternKernel.require_contiguous(args.values)  # in training, tiles are computed
+        self.operands = [values, args.row_ptr, args.tile_index]
+        if args.bias is not None:
+            self.operands.append(without_offset(args.bias))
+        self.out_channels = args.out_channels
         _, steps, bh, *packed = values.get_size()
         self.pack = int(packed[0]) if packed else 1
         self.block_shape = (int(bh), int(steps) * self.pack)
-        self.config = KernelConfig.decode(kernel)
+        self.config = KernelConfig.decode(args.kernel)
 
     def check(self, x: Any, channel_dim: int) -> None:
         if self.config.variant not in VARIANTS:
@@ -266,21 +203,10 @@ class _QuantizedWeight(Weight):
 
     template = IntegerTemplate
 
-    def __init__(
-        self,
-        values: Any,
-        row_ptr: Any,
-        tile_index: Any,
-        bias: Any,
-        out_channels: int,
-        kernel: str,
-        scale: Any,
-        weight_sums: Any,
-        zero_point: int,
-    ) -> None:
-        super().__init__(values, row_ptr, tile_index, bias, out_channels, kernel)
-        self.operands[3:3] = [without_offset(scale), without_offset(weight_sums)]
-        self.zero_point = zero_point
+    def __init__(self, args: _Quantized) -> None:
+        super().__init__(args)
+        self.operands[3:3] = [without_offset(args.scale), without_offset(args.weight_sums)]
+        self.zero_point = args.zero_point
 
     def _check_dtypes(self, x: Any) -> None:
         values, _, _, *tables = (t.get_dtype() for t in self.operands)

@@ -6,14 +6,13 @@ whole image, into planes of the thread's own, and the depthwise layer of these c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..cpu_spmm import PixelTile, pixel_tiles
-from ..pointwise_depthwise import Activation
+from ..pointwise_depthwise import Activation, PointwiseDepthwiseArguments
 from .conv_inputs import channels_first_conv, vectors_of_isa
 from .cpu_depthwise_planes import DepthwisePlanesTemplate
 from .cpu_spmm_lowering import LONGEST_ROW
@@ -31,28 +30,14 @@ PLANE_COST = 24
 """Of the depthwise layer and its epilogue, in halves of a nonzero: what balances threads."""
 
 
-def lower_pointwise_depthwise(
-    x: Any,
-    values: Any,
-    row_ptr: Any,
-    tile_index: Any,
-    row_bias: Any,
-    activation: str,
-    weight: Any,
-    bias: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Any:
-    operands = [values, row_ptr, tile_index, without_offset(row_bias), weight, without_offset(bias)]
+def lower_pointwise_depthwise(args: PointwiseDepthwiseArguments) -> Any:
+    x, bias = args.x, without_offset(args.bias)
+    operands = [args.values, args.row_ptr, args.tile_index, without_offset(args.row_bias), args.weight, bias]
     if x.get_device().type != "cpu" or x.get_dtype() != torch.float32:
         raise Unsupported(f"no kernel for {x.get_dtype()} on {x.get_device()}")
-    x, conv = channels_first_conv(x, kernel_size, stride, padding, dilation)
+    x, conv = channels_first_conv(x, args.window)
     n, in_channels = x.get_size()[:2]
-    hidden = int(row_bias.get_size()[0])
+    hidden = int(args.row_bias.get_size()[0])
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [n, hidden, *conv.output_size])
     template = PointwiseDepthwiseTemplate(
         kernel_inputs([x, *operands]),
@@ -61,8 +46,8 @@ def lower_pointwise_depthwise(
         images=n,
         conv=conv,
         in_channels=int(in_channels),
-        height=int(values.get_size()[2]),
-        activation=activation,
+        height=int(args.values.get_size()[2]),
+        activation=args.activation,
     )
     return template.generate().output_node()
 

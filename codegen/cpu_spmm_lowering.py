@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..cpu_spmm import PixelTile, pixel_tiles
 from ..layouts import Layouts
+from ..window import Window
 from .conv_inputs import channels_first_conv, channels_last_conv, vectors_of_isa
 from .cpu_spmm_template import PixelGrid, SparseRowsTemplate
 from .inductor_api import ir, lowerings, parallel_num_threads
@@ -24,20 +24,12 @@ LONGEST_ROW = 64
 """Products summed up in one go: parts cost little here, and sums are not in blocks otherwise."""
 
 
-def lower_scattered_conv2d(
-    weight: Weight,
-    x: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Any:
+def lower_scattered_conv2d(weight: Weight, x: Any, window: Window) -> Any:
     layouts = Layouts.of(weight.config.parameters)
     reads, writes = layouts.reads_first, layouts.writes_first
-    to_memory = channels_first_conv if reads else channels_last_conv
-    x, conv = to_memory(x, kernel_size, stride, padding, dilation)
+    x, conv = (channels_first_conv if reads else channels_last_conv)(x, window)
     n, (h, w) = as_int(x.get_size()[0]), conv.output_size
-    if conv.kernel_size != (1, 1) or any(padding):
+    if conv.kernel_size != (1, 1) or any(window.padding):
         raise Unsupported("taps or borders in a kernel for 1x1 convolutions")
     if (reads or writes) and not all_static((h, w)):
         raise Unsupported(f"channels-first images of {h}x{w}")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..gpu_variants import tf32_allowed
+from ..training_ops import WeightGradArguments
 from ..training_tables import group_size
 from .gpu_lowerings import evenly_spaced, layer_axes, reads_pixel_by_pixel
 from .gpu_template import WEIGHT_GRAD, KernelText, size_of, template
 from .inductor_api import V, ir, lowerings
 from .lowering_errors import Unsupported
 from .tiling import is_static
-from .views import reshape
+from .views import images_of_one_row, reshape
 
 PIXELS = 64
 """Summed up by one matrix product."""
@@ -25,36 +25,23 @@ MOST_PARTS = 64
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
-def lower_weight_grad(
-    grad: Any,
-    x: Any,
-    tile_index: Any,
-    block_shape: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: Any = None,
-) -> Any:
-    if groups is None:
+def lower_weight_grad(args: WeightGradArguments) -> Any:
+    grad, x, window = args.grad, args.x, args.window
+    if args.groups is None:
         raise Unsupported("tiles in no groups")
-    if len(kernel_size) == 1:  # images of one row
-        grad, x = (reshape(t, [*t.get_size()[:2], 1, t.get_size()[2]]) for t in (grad, x))
-        kernel_size, stride, dilation = [1, *kernel_size], [1, *stride], [1, *dilation]
-        padding = [0, 0, *padding]
-    grad, x = (_channels_inside(t, len(kernel_size)) for t in (grad, x))
+    if window.dims == 1:
+        grad, x, window = images_of_one_row(grad), images_of_one_row(x), window.of_one_row()
+    dims = window.dims
+    grad, x = (_channels_inside(t, dims) for t in (grad, x))
     if x.get_dtype() != grad.get_dtype() or x.get_dtype() not in _DTYPES:
         raise Unsupported(f"no kernel for gradients of {x.get_dtype()} by {grad.get_dtype()}")
     if not evenly_spaced(grad):
         grad = ir.ExternKernel.copy_input(grad)
-    dims = len(kernel_size)
     outputs = [size_of("GRAD", 2 + i) for i in range(dims)]
     (images, *_), size, out_size = grad.get_size(), x.get_size()[2:], grad.get_size()[2:]
-    axes, masked = (
-        layer_axes(size, out_size, outputs, kernel_size, stride, padding, dilation) if dims else ((), False)
-    )
-    bh, bw = block_shape
-    tiles, number = int(tile_index.get_size()[1]), int(groups.get_size()[1])
+    axes, masked = layer_axes(size, out_size, outputs, window) if dims else ((), False)
+    bh, bw = args.block_shape
+    tiles, number = int(args.tile_index.get_size()[1]), int(args.groups.get_size()[1])
     shape = [tiles, bh, bw]
     if not tiles:
         return lowerings[torch.ops.aten.full.default](shape, 0, dtype=x.get_dtype(), device=x.get_device())
@@ -62,7 +49,7 @@ def lower_weight_grad(
     text = KernelText(
         variant=WEIGHT_GRAD,
         axes=axes,
-        flat=not dims or reads_pixel_by_pixel(x, kernel_size, stride, padding),
+        flat=not dims or reads_pixel_by_pixel(x, window),
         masked=masked,
         precision=_precision(x.get_dtype(), bool(dims)),
         split=split,
@@ -72,7 +59,7 @@ def lower_weight_grad(
     choices: list[Any] = []
     error = template(text).maybe_append_choice(
         choices,
-        input_nodes=tuple(ir.ExternKernel.realize_input(t) for t in (grad, x, tile_index, groups)),
+        input_nodes=tuple(ir.ExternKernel.realize_input(t) for t in (grad, x, args.tile_index, args.groups)),
         layout=ir.FixedLayout(x.get_device(), x.get_dtype(), shape)
         if split == 1
         else ir.FixedLayout(x.get_device(), torch.float32, [split, *shape]),

@@ -10,8 +10,10 @@ from typing import Any
 import sympy
 import torch
 
+from ..ops import ConvArguments, LinearArguments
 from ..packing import STEP_CHANNELS
 from ..variants import VARIANTS, KernelConfig
+from ..window import Window
 from .gpu_boxes import box_sides, pixels_through_pointers
 from .gpu_template import Axis, KernelText, size_of, stride_of, template
 from .inductor_api import V, ir, lowerings, ops
@@ -22,49 +24,24 @@ from .views import conv1d_as_conv2d, reshape
 _AXES = {1: ("w",), 2: ("h", "w"), 3: ("d", "h", "w")}
 
 
-def lower_linear(
-    x: Any, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
-) -> Any:
-    weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
+def lower_linear(args: LinearArguments) -> Any:
+    weight, x = _Weight(args), args.x
     *rows, channels = x.get_size()
     if not is_static(channels):
         raise Unsupported("symbolic channels")
     x = reshape(x, [math.prod(rows), channels])
     x = ir.ExternKernel.require_contiguous(x)
-    out = weight.multiply(x, (), [math.prod(rows), out_channels], flat=True)
-    return reshape(out, [*rows, out_channels])
+    out = weight.multiply(x, (), [math.prod(rows), args.out_channels], flat=True)
+    return reshape(out, [*rows, args.out_channels])
 
 
-def lower_conv(
-    x: Any,
-    values: Any,
-    row_ptr: Any,
-    tile_index: Any,
-    bias: Any,
-    out_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    channels_last: bool,
-    kernel: str,
-) -> Any:
-    weight = _Weight(values, row_ptr, tile_index, bias, out_channels, kernel)
-    if len(kernel_size) == 1:
-        conv2d = functools.partial(_lower_conv, weight)
-        return conv1d_as_conv2d(conv2d, x, kernel_size, stride, padding, dilation)
-    return _lower_conv(weight, x, kernel_size, stride, padding, dilation)
+def lower_conv(args: ConvArguments) -> Any:
+    conv = functools.partial(_lower_conv, _Weight(args))
+    return conv1d_as_conv2d(conv, args.x, args.window) if args.window.dims == 1 else conv(args.x, args.window)
 
 
-def _lower_conv(
-    weight: _Weight,
-    x: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Any:
-    dims = len(kernel_size)
+def _lower_conv(weight: _Weight, x: Any, window: Window) -> Any:
+    dims = window.dims
     # Realized before its strides are asked for: a residual sum would else be copied for this layer, and
     # computed again, from all that went into it, for the next one.
     x.realize()
@@ -73,46 +50,34 @@ def _lower_conv(
     n, channels, *size = x.get_size()
     if not is_static(channels) or x.get_stride()[1] != 1:
         raise Unsupported(f"input of size {x.get_size()}, strides {x.get_stride()}")
-    out_size = [
-        (size[i] + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i]
-        + 1
-        for i in range(dims)
-    ]
+    out_size = window.output_size(size)
     outputs = [size_of(None, 1 + i) for i in range(dims)]
-    axes, masked = layer_axes(size, out_size, outputs, kernel_size, stride, padding, dilation)
-    flat = reads_pixel_by_pixel(x, kernel_size, stride, padding)
+    axes, masked = layer_axes(size, out_size, outputs, window)
+    flat = reads_pixel_by_pixel(x, window)
     out = weight.multiply(x, axes, [n, *out_size, weight.out_channels], flat=flat, masked=masked)
     return lowerings[torch.ops.aten.permute.default](out, [0, dims + 1, *range(1, dims + 1)])
 
 
 def layer_axes(
-    size: Sequence[Any],
-    out_size: Sequence[Any],
-    outputs: Sequence[str],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    size: Sequence[Any], out_size: Sequence[Any], outputs: Sequence[str], window: Window
 ) -> tuple[tuple[Axis, ...], bool]:
     """The spatial dimensions of a layer, whose output sizes a kernel calls `outputs`; and whether some tap of
     some pixel falls outside the image."""
     axes, masked = [], False
-    for i, name in enumerate(_AXES[len(kernel_size)]):
-        before, after = padding[2 * i : 2 * i + 2]
-        last = (out_size[i] - 1) * stride[i] - before + dilation[i] * (kernel_size[i] - 1)
+    for i, (name, (before, after)) in enumerate(zip(_AXES[window.dims], window.borders, strict=True)):
+        kernel_size, stride, dilation = window.kernel_size[i], window.stride[i], window.dilation[i]
+        last = (out_size[i] - 1) * stride - before + dilation * (kernel_size - 1)
         # By its size, no output reaches past the padding.
         masked |= before > 0 or (after > 0 and not V.graph.sizevars.statically_known_lt(last, size[i]))
-        steps = kernel_size[i], stride[i], before, dilation[i]
+        steps = kernel_size, stride, before, dilation
         axes.append(Axis(name, size_of("X", 2 + i), outputs[i], stride_of("X", 2 + i), *steps))
     return tuple(axes), masked
 
 
-def reads_pixel_by_pixel(
-    x: Any, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> bool:
+def reads_pixel_by_pixel(x: Any, window: Window) -> bool:
     """Whether output pixel p reads input pixel p alone, and these lie evenly spaced in memory."""
-    return all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and (
-        not any(padding) and evenly_spaced(x)
+    return all(n == 1 for n in (*window.kernel_size, *window.stride)) and (
+        not any(window.padding) and evenly_spaced(x)
     )
 
 
@@ -131,18 +96,13 @@ def evenly_spaced(x: Any) -> bool:
 class _Weight:
     """A packed weight with its bias, and the kernel to run it."""
 
-    def __init__(
-        self, values: Any, row_ptr: Any, tile_index: Any, bias: Any, out_channels: int, kernel: str
-    ) -> None:
-        self.operands = [
-            ir.ExternKernel.require_contiguous(values),
-            row_ptr,
-            tile_index,
-        ]  # tiles may be computed
-        self.bias = None if bias is None else ir.ExternKernel.require_contiguous(bias)
-        self.out_channels = out_channels
-        self.num_tiles, self.bh, self.bw = (int(size) for size in values.get_size())
-        self.config = KernelConfig.decode(kernel)
+    def __init__(self, args: ConvArguments | LinearArguments) -> None:
+        values = ir.ExternKernel.require_contiguous(args.values)  # tiles may be computed
+        self.operands = [values, args.row_ptr, args.tile_index]
+        self.bias = None if args.bias is None else ir.ExternKernel.require_contiguous(args.bias)
+        self.out_channels = args.out_channels
+        self.num_tiles, self.bh, self.bw = (int(size) for size in args.values.get_size())
+        self.config = KernelConfig.decode(args.kernel)
         variant = VARIANTS.get(self.config.variant)
         if variant is None or variant.device != "cuda":
             raise Unsupported(f"{self.config.variant!r} is no GPU kernel")

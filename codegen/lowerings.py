@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from .. import layer_chain as _layer_chain  # noqa: F401
-from .. import ops as _ops  # noqa: F401  registers the operators
+from .. import layer_chain as _layer_chain  # noqa: F401  registers an operator
 from .. import pointwise_depthwise as _pointwise_depthwise  # noqa: F401
 from .. import quantized_ops as _quantized_ops  # noqa: F401
 from .. import training_ops as _training_ops  # noqa: F401
+from ..ops import OPERATORS
 from . import cpu_depthwise, cpu_gradients, cpu_layer_chain, cpu_lowerings, cpu_pointwise_depthwise
 from .inductor_api import fallback_handler, has_triton_package, register_lowering
 from .lowering_errors import Unsupported
@@ -37,18 +37,9 @@ _HERE = Path(__file__).parent
 @functools.cache
 def register() -> None:
     """Registers the lowerings with Inductor, once."""
-    for name in (
-        "conv",
-        "linear",
-        "depthwise",
-        "pointwise_depthwise",
-        "layer_chain",
-        "quantized_conv",
-        "quantized_linear",
-        "weight_grad",
-    ):
+    for name in OPERATORS:
         op = getattr(torch.ops.blocksparse, name).default
-        register_lowering(op, type_promotion_kind=None)(_lowering(op, f"lower_{name}"))
+        register_lowering(op, type_promotion_kind=None)(_lowering(op, name))
 
 
 @functools.cache
@@ -61,11 +52,13 @@ def source_digest() -> str:
 
 
 def _lowering(op: Any, name: str) -> Callable[..., Any]:
+    """Calls `lower_<name>` of the device's module, with the operator's arguments as one object."""
     fallback = fallback_handler(op, add_to_fallback_set=False)
+    arguments, function = OPERATORS[name], f"lower_{name}"
 
     def lowering(x: Any, *args: Any) -> Any:
         try:
-            return getattr(_family(x.get_device().type, name), name)(x, *args)
+            return getattr(_family(x.get_device().type, function), function)(arguments(x, *args))
         except Unsupported as reason:
             log.warning("%s runs without a generated kernel: %s", op, reason)
             return fallback(x, *args)

@@ -39,23 +39,16 @@ class OutputMatrix:
         whole = [rows, columns] == list(self._kernel.local_buffers["acc"].get_size())
         part = None if whole else (("0", str(rows)), ("0", str(columns)))
         target = ("m_start", f"m_start + {rows}"), ("c_start", f"c_start + {columns}")
-        return self.store(*target, part, one_row=rows == 1)
+        return self.store(*target, part)
 
-    def store(
-        self, rows: Span, columns: Span, part: tuple[Span, Span] | None = None, *, one_row: bool = False
-    ) -> str:
-        """Stores `acc`, or rows and columns of it, as these rows and columns.
-
-        Args:
-            one_row: of one row, Inductor would take the loop over rows for that over columns, and not
-                vectorise: it is stored as a column of the transposed matrix.
-        """
+    def store(self, rows: Span, columns: Span, part: tuple[Span, Span] | None = None) -> str:
+        """Stores `acc`, or rows and columns of it, as these rows and columns."""
         kernel, reindexers = self._kernel, self._reindexers
         source = kernel.local_buffers["acc"]
         if part:
             source = kernel.slice_nd(source, list(part))
         target, offsets = kernel.slice_nd(self._matrix, [rows, columns]), (rows[0], columns[0])
-        if one_row:
+        if source.get_size()[0] == 1:  # a column of the transposed matrix is vectorised
             target, source, offsets = flipped(target), flipped(source), offsets[::-1]
             reindexers = [flipped_index(reindex) for reindex in reindexers]
         code = kernel.store_output(

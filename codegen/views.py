@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..window import Window
 from .inductor_api import ir, lowerings
 
 
@@ -28,21 +29,13 @@ def without_offset(bias: Any) -> Any:
     return ir.ExternKernel.copy_input(bias) if bias.get_layout().offset != 0 else bias
 
 
-def conv1d_as_conv2d(
-    conv2d: Callable[..., Any],
-    x: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Any:
-    """A 1-D convolution as a 2-D one, on images of one row.
-
-    Args:
-        conv2d: takes `[N, C, 1, L]` and a geometry of two dimensions.
-    """
+def images_of_one_row(x: Any) -> Any:
+    """`[N, C, L]` as `[N, C, 1, L]`."""
     n, channels, length = x.get_size()
-    geometry = ([1, *kernel_size], [1, *stride], [0, 0, *padding], [1, *dilation])
-    out = conv2d(reshape(x, [n, channels, 1, length]), *geometry)
-    _, out_channels, _, out_length = out.get_size()
-    return reshape(out, [n, out_channels, out_length])
+    return reshape(x, [n, channels, 1, length])
+
+
+def conv1d_as_conv2d(conv2d: Callable[[Any, Window], Any], x: Any, window: Window) -> Any:
+    out = conv2d(images_of_one_row(x), window.of_one_row())
+    n, channels, _, length = out.get_size()
+    return reshape(out, [n, channels, length])

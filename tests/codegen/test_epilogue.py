@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Case, Layer, compiling, count_kernels, run
+from kernel_cases import Case, Layer, Layers, compiling, count_kernels, run
 from torch import nn
 from torch.nn import functional as F
 
@@ -129,3 +129,16 @@ def test_chain_of_layers_keeps_channels_last(variant, tolerance):
     assert out.is_contiguous(memory_format=torch.channels_last)
     # The concatenation itself is the one kernel besides the three.
     assert count_kernels(source)["all"] <= 4
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="no vectors")
+def test_one_row_of_pixels_is_stored_as_vectors():
+    """Of a single row Inductor alone would compute one function value at a time."""
+    variants = ("cpu_f32", "cpu_bf16")
+    layers = Layers([Case((1, 32), 40, (), (8, 32), epilogue=F.gelu, variant=v) for v in variants])
+    xs = [layer.case.input() for layer in layers.layers]
+    outs, source = run(layers, xs, dynamic=False)
+    for layer, x, out in zip(layers.layers, xs, outs, strict=True):
+        want = F.gelu(layer.reference(x)).to(x.dtype)
+        torch.testing.assert_close(out, want)
+    assert "std::erf" not in source and ".erf()" in source

@@ -85,7 +85,7 @@ def chains(draw):
         activation = Activation(draw(st.sampled_from(["identity", "relu", "hardswish", "silu"])))
         channels, height, width = sizes[-1]
         if draw(st.booleans()):
-            out = draw(st.integers(1, 50))
+            out = draw(st.integers(max(HEIGHTS), 50))
             equal = [i for i, size in enumerate(sizes) if size == (out, height, width)]
             adds = draw(st.sampled_from([None, *equal]))
             layers.append(pointwise(out, draw(st.sampled_from(HEIGHTS)), activation, adds))
@@ -93,7 +93,7 @@ def chains(draw):
         else:
             dilation, stride = draw(st.integers(1, 2)), draw(st.integers(1, 3))
             layer = depthwise(draw(st.sampled_from([1, 2, 3, 5, 7])), stride, activation, dilation)
-            rows, columns = layer.output_size(height, width)
+            rows, columns = layer.window.output_size((height, width))
             if rows < 1 or columns < 1 or rows * columns > 2000:
                 continue
             layers.append(layer)
