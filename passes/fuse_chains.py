@@ -150,8 +150,7 @@ class _Operands:
         _, filters, bias, kernel_size, stride, padding, dilation, *_ = arguments
         self.filters.append(pack_filters(value(filters)))
         self.biases.append(pack_bias(value(bias), value(filters).shape[1]))
-        geometry: list[Any] = [tuple(numbers) for numbers in (kernel_size, stride, padding, dilation)]
-        return Depthwise(*geometry, link.activation)
+        return Depthwise(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), link.activation)
 
 
 def _fuse(gm: GraphModule, links: Sequence[Link], values: StaticValues) -> None:

@@ -238,7 +238,7 @@ def programs(draw):
     return program, draw(st.lists(st.integers(1, len(drawn)), max_size=1))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(programs(), st.integers(1, 3))
 def test_every_planned_chain_is_fused_and_right(program, images):
     model = Program(*program).eval()
