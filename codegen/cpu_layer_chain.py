@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..chain_bands import MOST_ROWS, ChainBands, Step
 from ..cpu_spmm import SIDE, pixel_tiles
-from ..layer_chain import Depthwise, LayerChainArguments, Pointwise
+from ..layer_chain import Depthwise, LayerChainArguments, Offsets, Pointwise
 from ..layouts import Layouts
 from ..pointwise_depthwise import Activation
 from ..variants import KernelConfig
@@ -39,7 +39,8 @@ def lower_layer_chain(args: LayerChainArguments) -> Any:
     n, channels = x.get_size()[:2]
     if not all_static((channels, *conv.input_size)):
         raise Unsupported(f"a chain of layers on {channels} channels of images of {conv.input_size}")
-    size = int(channels), *map(int, conv.input_size)
+    height, width = map(int, conv.input_size)
+    size = (int(channels), height, width)
     images_fill_threads = not is_static(n) or int(n) >= parallel_num_threads()
     bands = 1 if images_fill_threads else int(parameters.get("bands", 1))
     out_channels, *pixels = args.chain.sizes(*size)[-1]
@@ -67,17 +68,18 @@ class StepText:
         depthwise: those of `ChannelRows`; a step that is a 1x1 convolution alone has none.
         stride, top: rows between the first input rows of two output rows, and padding above the first.
         reach: rows that an output row spans.
-        at: operands of the first layer, `bias` those of the last.
+        activation: number of the one behind the first layer.
+        block_rows: of the 1x1 convolution.
+        at, last: where the operands of the first layer and of the last one begin.
     """
 
     step: Step
     tiles: str
     depthwise: str
     activation: int
-    last_activation: int
     block_rows: int
-    at: Any
-    last: Any
+    at: Offsets
+    last: Offsets
     stride: int = 1
     top: int = 0
     reach: int = 1
@@ -146,20 +148,19 @@ class LayerChainTemplate(KernelTemplate):
         layers, offsets = self.bands.chain.layers, self.bands.chain.offsets(self.bands.size[0])
         pointwise, depthwise = step.pointwise, step.depthwise
         first, last = step.layers[0], step.layers[-1]
-        text = {
-            "step": step,
-            "tiles": "" if pointwise is None else self._tiles(step, pointwise),
-            "depthwise": "" if depthwise is None else self._depthwise(step, depthwise),
-            "activation": self._number(layers[first].activation),
-            "last_activation": self._number(layers[last].activation),
-            "block_rows": -(-pointwise.out_channels // pointwise.height) if pointwise else 0,
-            "at": offsets[first],
-            "last": offsets[last],
-        }
+        text = StepText(
+            step,
+            tiles="" if pointwise is None else self._tiles(step, pointwise),
+            depthwise="" if depthwise is None else self._depthwise(step, depthwise),
+            activation=self._number(layers[first].activation),
+            block_rows=-(-pointwise.out_channels // pointwise.height) if pointwise else 0,
+            at=offsets[first],
+            last=offsets[last],
+        )
         if depthwise is None:
-            return StepText(**text)
+            return text
         reach = depthwise.dilation[0] * (depthwise.kernel_size[0] - 1) + 1
-        return StepText(**text, stride=depthwise.stride[0], top=depthwise.padding[0], reach=reach)
+        return replace(text, stride=depthwise.stride[0], top=depthwise.padding[0], reach=reach)
 
     def _number(self, activation: Activation) -> int:
         return self.activations.index(activation)
@@ -177,8 +178,8 @@ class LayerChainTemplate(KernelTemplate):
 
     def _depthwise(self, step: Step, layer: Depthwise) -> str:
         read, written = self.bands.tensors[step.reads], self.bands.tensors[step.writes]
-        geometry = (*layer.kernel_size, read.height, read.width, written.width, *layer.stride)
-        geometry = (*geometry, *layer.dilation, layer.padding[0], layer.padding[2])
+        sizes = (*layer.kernel_size, read.height, read.width, written.width)
+        geometry = (*sizes, *layer.stride, *layer.dilation, layer.padding[0], layer.padding[2])
         lanes = vector_of(self.lanes, written.width)
         rows = even_segment(step.strip, MOST_ROWS)
         activation = f"Activation{self._number(layer.activation)}"
