@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from .inductor_api import ir, lowerings, parallel_num_threads
 from .kernel_template import KernelTemplate
 from .lowering_errors import Unsupported
 from .output_matrix import OutputMatrix
-from .tiling import Size, all_static, even_segment, is_static
+from .tiling import ConvGeometry, Size, all_static, even_segment, is_static
 from .views import kernel_inputs, without_offset
 
 _PIXELWISE = Window((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
@@ -42,7 +41,7 @@ def lower_layer_chain(args: LayerChainArguments) -> Any:
     height, width = map(int, conv.input_size)
     size = (int(channels), height, width)
     images_fill_threads = not is_static(n) or int(n) >= parallel_num_threads()
-    bands = 1 if images_fill_threads else int(parameters.get("bands", 1))
+    bands = 1 if images_fill_threads else max(1, int(parameters.get("bands", 1)))
     out_channels, *pixels = args.chain.sizes(*size)[-1]
     shape = [n, out_channels, *pixels] if layouts.writes_first else [n, *pixels, out_channels]
     operands = [args.values, args.row_ptr, args.tile_index, args.filters, args.biases]
@@ -51,7 +50,7 @@ def lower_layer_chain(args: LayerChainArguments) -> Any:
         ir.FixedLayout(x.get_device(), x.get_dtype(), shape),
         parallel_num_threads(),
         images=n,
-        image_strides=conv.input_strides,
+        conv=conv,
         bands=ChainBands(args.chain, size, bands, vectors_of_isa()[0]),
         layouts=layouts,
     )
@@ -92,7 +91,7 @@ class LayerChainTemplate(KernelTemplate):
         input_nodes: input; values, row_ptr, tile_index, filters and biases of all layers.
         layout: output, contiguous: `[n, c, oh, ow]`, or `[n, oh, ow, c]`.
         images: number of them; one, or fewer than threads, where `bands` cut them.
-        image_strides: floats between the images, rows and pixels of the input.
+        conv: where the input lies, as a 1x1 convolution reads it.
         bands: what each thread computes and holds.
         layouts: what is read and written.
     """
@@ -114,12 +113,12 @@ class LayerChainTemplate(KernelTemplate):
         num_threads: int,
         *,
         images: Size,
-        image_strides: Sequence[Size],
+        conv: ConvGeometry,
         bands: ChainBands,
         layouts: Layouts,
     ) -> None:
         super().__init__("layer_chain", input_nodes, layout, num_threads)
-        self.images, self.image_strides, self.bands, self.layouts = images, image_strides, bands, layouts
+        self.images, self.conv, self.bands, self.layouts = images, conv, bands, layouts
         self.lanes, self.registers = vectors_of_isa()
         self.activations = list(dict.fromkeys(layer.activation for layer in bands.chain.layers))
 
@@ -133,7 +132,8 @@ class LayerChainTemplate(KernelTemplate):
         bands = self.bands
         return {
             "images": self.images,
-            "image_strides": self.image_strides,
+            "strides": self.conv.input_strides,
+            "step": self.conv.input_strides[2] if self.conv.is_flat(1) else 0,
             "bands": bands,
             "tensors": bands.tensors,
             "steps": [self._step(step) for step in bands.steps],
