@@ -53,6 +53,7 @@ TRICKY = [
     ),
     ChainCase((5, 8, 12, 10), RESIDUALS[:6]),
     ChainCase((1, 16, 3, 33), RESIDUALS, 8),
+    ChainCase((1, 1, 8, 3), (pointwise(8, 4, RELU), depthwise()), 2, LAST),
 ]
 
 
