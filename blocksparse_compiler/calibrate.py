@@ -29,7 +29,7 @@ from .errors import OptionError
 log = logging.getLogger("blocksparse_compiler")
 
 KIND = "calibration"
-VERSION = 2
+VERSION = 3
 """Of what is measured and how; figures of another version are measured anew."""
 
 SECONDS = 0.8
