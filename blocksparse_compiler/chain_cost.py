@@ -1,7 +1,9 @@
 """What a chain of layers costs in one kernel (`layer_chain`): steps on a band of rows, and what bands share.
 
-Each thread computes alone, from memory of its own; so a layer costs what it costs one thread, on fewer rows.
-On top come meetings of the threads, rows that they take from each other, and both ends of the chain.
+Each thread computes alone, from memory of its own; so a layer costs what it costs one thread, on fewer
+rows. What share of peak that reaches is a figure of its own: what `cpu_spmm` and `depthwise` lose on other
+layouts, or to other cores, is not lost here. On top come meetings of the threads, rows taken from each
+other, and the chain's ends.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .chain_bands import ChainBands, Step
-from .depthwise import depthwise_cost
+from .cpu_spmm import SPMM
+from .depthwise import DEPTHWISE, RATE, depthwise_cost
 from .devices import DeviceSpec
-from .layer_chain import Chain
+from .layer_chain import CHAIN, Chain
 from .layouts import CHANNELS_FIRST
 from .pattern import BlockPattern
 from .plan import Site
 from .roofline import OVERLAP, memory_seconds, value
-from .spmm_roofline import OTHER_CORE_BYTES_PER_SECOND, sparse_rows_cost
+from .spmm_roofline import MULTIPLY_RATE, OTHER_CORE_BYTES_PER_SECOND, sparse_rows_cost
 
 BARRIER_SECONDS = 1e-6
 """For threads to meet: a line of memory goes from core to core and back, and the slowest is waited for."""
@@ -177,8 +180,10 @@ def turns(device: DeviceSpec, images: int, bands: int) -> int:
 def one_thread(device: DeviceSpec, images: int, bands: int) -> DeviceSpec:
     """The device as one thread has it, while others work on their bands."""
     busy = max(1, min(device.threads, images * bands))
+    rate = device.efficiency.get(CHAIN, MULTIPLY_RATE)
     return replace(
         device,
+        efficiency={**device.efficiency, SPMM.name: rate, DEPTHWISE.name: rate * RATE / MULTIPLY_RATE},
         threads=1,
         l3_bytes=max(1, device.l3_bytes // busy),
         l3_bytes_per_second=device.l3_bytes_per_second / busy,

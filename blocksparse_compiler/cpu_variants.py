@@ -192,7 +192,8 @@ def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[P
 
     `chunk`: pixel tiles that pass through all block rows together. `row_threads`: threads that share the
     block rows of the same pixels; the others share the pixels. `pixels`: most pixels of a register tile.
-    `prefetch`: `"output"` asks for the lines of an output tile before its sums are computed.
+    `prefetch`: `"output"` asks for lines of the output some tiles before they are stored to; where threads
+    share block rows, those may be another thread's.
     """
     full = device_tile(site.dtype, pattern.block_shape, device)
     if full is None:
@@ -205,7 +206,7 @@ def cpu_configs(site: Site, pattern: BlockPattern, device: DeviceSpec) -> list[P
     if tile.pixels < full.pixels:
         best["pixels"] = tile.pixels
     best["row_threads"] = row_threads = split_block_rows(site, pattern, device, tile.pixels)
-    prefetch: Parameters = {"prefetch": "output"}
+    prefetch: Parameters = {"prefetch": "output"} if row_threads == 1 else {}
     if _output_leaves_cache(site, device, tile):
         best |= prefetch
     split = {"row_threads": device.threads if row_threads == 1 else 1} if device.threads > 1 else {}

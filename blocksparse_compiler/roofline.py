@@ -268,7 +268,9 @@ def sparse_cost(
     return Cost(
         flops,
         traffic,
-        flops * sympy.Min(turns, skew) / (rate * _tile_fill(site, tile_pixels))
+        flops
+        * sympy.Min(turns, skew)
+        / (rate * _tile_fill(site, tile_pixels) * _sums_in_flight(site, block, device))
         + epilogue_seconds(site, block, device, variant),
         memory_seconds(traffic, device),
         sympy.Float(device.sparse_call_seconds),
@@ -311,6 +313,29 @@ def _tile_fill(site: Site, tile_pixels: int) -> sympy.Expr:
     width = symbolic(site.output_spatial[-1])
     count = sympy.ceiling(width / tile_pixels)
     return width / (count * sympy.ceiling(width / count))
+
+
+_PRODUCTS_IN_FLIGHT = 8
+"""Sums that keep multipliers busy: two products start in each cycle, and take four."""
+
+_PACKED_PRODUCTS_IN_FLIGHT = 12
+"""The same of instructions that add up several products; measured on Zen 5."""
+
+
+def _sums_in_flight(site: Site, block: BlockShape, device: DeviceSpec) -> float | sympy.Expr:
+    """Part of the time in which narrow images keep multipliers busy.
+
+    A tile covers whole rows as far as they fit; a product waits for the last one of the same sum. Elsewhere
+    tiles have sums enough, or so few rows that their weights take longer to read.
+    """
+    tile = cpu_variants.device_tile(site.dtype, block, device)
+    if kind(site) != "spatial" or tile is None:
+        return 1.0
+    most, width = _register_tile(site, block, device)[0], symbolic(site.output_spatial[-1])
+    segment = sympy.ceiling(width / sympy.ceiling(width / most))
+    pixels = sympy.Piecewise((segment * sympy.floor(most / segment), width <= most), (segment, True))
+    wanted = _PACKED_PRODUCTS_IN_FLIGHT if device.multiplies(site.dtype) else _PRODUCTS_IN_FLIGHT
+    return sympy.Min(1, pixels * tile.vectors / wanted)
 
 
 LOW_COLUMNS = 0.85

@@ -76,6 +76,7 @@ class BlockSparseTemplate(KernelTemplate):
 
     def _tile_options(self) -> dict[str, Any]:
         (bh, bw), tile, tiling = self.block_shape, self.tile, self.tiling
+        row_threads = max(1, int(self.parameters.get("row_threads", 1)))
         return {
             "bh": bh,
             "bw": bw,
@@ -85,8 +86,8 @@ class BlockSparseTemplate(KernelTemplate):
             "vectors": tile.vectors,
             "width": tile.width,
             "chunk": max(1, int(self.parameters.get("chunk", 4))),
-            "prefetch_output": self.parameters.get("prefetch") == "output",
-            "row_threads": max(1, int(self.parameters.get("row_threads", 1))),
+            "row_threads": row_threads,
+            "prefetch_output": self.parameters.get("prefetch") == "output" and row_threads == 1,
             "flat": tiling.flat,
             "segments": tiling.segments,
             "segment": tiling.segment,

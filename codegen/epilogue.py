@@ -29,7 +29,7 @@ _TO_BF16 = re.compile(r"\bat::vec::convert<at::BFloat16(?:,1,float,2)?>\(")
 
 
 def round_natively(code: str) -> str:
-    """Rounds to bf16 by the CPU's own instruction where torch emulates it (`to_bf16` in block_sparse.h)."""
+    """Rounds to bf16 by the CPU's own instruction where torch emulates it (`to_bf16` in epilogue.h)."""
     return _TO_BF16.sub("block_sparse::to_bf16(", code)
 
 
@@ -46,7 +46,7 @@ def clamp_natively(code: str) -> str:
     """Clamps between numbers, as in quantizing, with one instruction for each bound.
 
     Inductor's `maximum` looks for NaN in both operands; `clamp_min` gives NaN for NaN, too, if the bound is
-    none. Bytes made of numbers so clamped need no bounds of their own (`to_bytes` in block_sparse.h).
+    none. Bytes made of numbers so clamped need no bounds of their own (`to_bytes` in epilogue.h).
     """
     numbers = {name for _, name in _NUMBER.findall(code)}
 
@@ -61,6 +61,17 @@ def clamp_natively(code: str) -> str:
     return _TO_BYTES.sub(
         r"auto \1 = at::vec::clamp_max(\2;\3block_sparse::to_bytes<\4>(\1)", _BOUND.sub(clamp, code)
     )
+
+
+_PART = r", static_cast<int64_t>\((\d+)L?\)\);$"
+_LOAD_PART = re.compile(r"at::vec::Vectorized<([\w:]+)>::loadu\((.*)" + _PART, re.MULTILINE)
+_STORE_PART = re.compile(r"\b(tmp\d+)\.store\((.*)" + _PART, re.MULTILINE)
+
+
+def move_parts_natively(code: str) -> str:
+    """Moves parts of vectors by instructions of their width (`load_part` and `store_part` in epilogue.h)."""
+    code = _LOAD_PART.sub(r"block_sparse::load_part<\1, \3>(\2);", code)
+    return _STORE_PART.sub(r"block_sparse::store_part<\3>(\1, \2);", code)
 
 
 def unroll(code: str) -> str:

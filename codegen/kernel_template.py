@@ -27,7 +27,7 @@ class KernelTemplate(CppTemplate):
     source: str
     """The text, in `templates/`."""
     headers: tuple[str, ...]
-    """What is pasted in front of it, from `include/`."""
+    """What is pasted in front of it, from `include/`, before what the epilogue needs."""
     operands: tuple[str, ...]
     """What the text calls the inputs; the last one, the bias, may be missing."""
 
@@ -50,8 +50,9 @@ class KernelTemplate(CppTemplate):
             """Of an input: the kernel gets the storage of a view, without the view's offset."""
             return f"{name} + {cexpr(inputs[name].get_layout().offset)}"
 
+        headers = map(_header_text, (*self.headers, "epilogue.h"))
         options = {
-            "prelude": "\n".join([self.header().getvalue(), *map(_header_text, self.headers)]),
+            "prelude": "\n".join([self.header().getvalue(), *headers]),
             "kernel": kernel,
             "profile": kernel.maybe_codegen_profile().replace(kernel.kernel_name, KERNEL_DESCRIPTION),
             "inputs": inputs,

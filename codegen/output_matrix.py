@@ -10,6 +10,7 @@ from .epilogue import (
     clamp_natively,
     flipped,
     flipped_index,
+    move_parts_natively,
     reindexer,
     round_natively,
     unroll,
@@ -54,4 +55,4 @@ class OutputMatrix:
         code = kernel.store_output(
             target, source, self._fused.raw, self._fused.nodes, offsets=offsets, reindexers=reindexers
         )
-        return unroll(clamp_natively(round_natively(code)))
+        return unroll(move_parts_natively(clamp_natively(round_natively(code))))

@@ -72,36 +72,6 @@ struct Lanes<8> {
 };
 #endif
 
-#if defined(INDUCTOR_USE_VECTOR_TYPES) && INDUCTOR_USE_VECTOR_TYPES()
-// Rounds sums for the fused epilogue: one vector, whose result fills half of one, or two.
-BLOCK_SPARSE_INLINE auto to_bf16(const at::vec::Vectorized<float>& a) {
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
-  return at::vec::Vectorized<at::BFloat16>(_mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(a)));
-#else
-  return at::vec::convert<at::BFloat16>(a);
-#endif
-}
-BLOCK_SPARSE_INLINE auto to_bf16(const at::vec::VectorizedN<float, 2>& a) {
-#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
-  return at::vec::VectorizedN<at::BFloat16, 1>((__m512i)_mm512_cvtne2ps_pbh(a[1], a[0]));
-#else
-  return at::vec::convert<at::BFloat16, 1, float, 2>(a);
-#endif
-}
-#endif
-
-#if defined(INDUCTOR_USE_VECTOR_TYPES) && INDUCTOR_USE_VECTOR_TYPES()
-// Cuts off fractions of numbers that a byte can hold.
-template <class Byte>
-BLOCK_SPARSE_INLINE auto to_bytes(const at::vec::Vectorized<float>& a) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return at::vec::Vectorized<Byte>(_mm512_castsi128_si512(_mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a))));
-#else
-  return at::vec::convert<Byte>(a);
-#endif
-}
-#endif
-
 // How a vector holds LANES / SPLIT output channels: each in SPLIT neighbouring lanes, one for each of SPLIT
 // neighbouring input channels. Blocks lower than a vector so use all its lanes.
 template <int LANES, int SPLIT>
@@ -306,6 +276,15 @@ struct Segment {
 // PADDED, besides WIDE: what lies outside is no zero, but whatever `zeros` holds, and counts.
 enum Border { INSIDE = 0, LEFT = 1, RIGHT = 2, WIDE = 4, PADDED = 8 };
 
+// Has three vector registers free at one point of a loop: those that weights and inputs need. Else GCC may hold
+// pointers there throughout, and in turn load weights from the stack for every product.
+BLOCK_SPARSE_INLINE void free_registers() {
+#if defined(__GNUC__) && (defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2))
+  __m128 first, second, third;
+  asm volatile("" : "=v"(first), "=v"(second), "=v"(third));
+#endif
+}
+
 // Weights stream through the caches, and hardware prefetchers stop at every page: asked for so many bytes ahead.
 constexpr int WEIGHTS_AHEAD = 8192;
 
@@ -313,13 +292,26 @@ BLOCK_SPARSE_INLINE void prefetch_weights(const void* p) {
   __builtin_prefetch(static_cast<const char*>(p) + WEIGHTS_AHEAD);
 }
 
-// Asks for the lines of an output tile, ROWS by COLUMNS, before its sums are computed: stores will find them.
-template <int ROWS, int COLUMNS, class T>
-BLOCK_SPARSE_INLINE void prefetch_output(const T* out, int64_t stride) {
+// Lines of the output are asked for so many bytes before they are stored to: stores that miss the cache wait for
+// each other. More would push others out of L1.
+constexpr int64_t OUTPUT_AHEAD = 6144;
+
+// So many columns of tiles of PIXELS by WIDTH, in whole tiles.
+template <int64_t PIXELS, int64_t WIDTH, class T>
+constexpr int64_t columns_ahead() {
+  constexpr int64_t TILE = PIXELS * WIDTH * sizeof(T);
+  return (OUTPUT_AHEAD + TILE - 1) / TILE * WIDTH;
+}
+
+// ROWS by WIDTH elements, from `column` on. Tiles that share lines ask for them once.
+template <int ROWS, int WIDTH, class T>
+BLOCK_SPARSE_INLINE void prefetch_output(const T* out, int64_t column, int64_t stride) {
+  constexpr int LINE = 64 / sizeof(T);
+  if (WIDTH < LINE && column % LINE >= WIDTH) return;
 #pragma GCC unroll 64
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < COLUMNS; j += 64 / sizeof(T)) __builtin_prefetch(out + i * stride + j, 1);
+    for (int j = 0; j < WIDTH; j += LINE) __builtin_prefetch(out + i * stride + column + j, 1);
   }
 }
 
@@ -352,6 +344,7 @@ struct Tile {
   BLOCK_SPARSE_INLINE void multiply(Accumulators& acc, const Element* const (&x)[SEGMENTS], const Weight* w) {
 #pragma GCC unroll 1
     for (int k = 0; k < BW; k += DEPTH) {
+      free_registers();
       Value wk[VECTORS];
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) wk[j] = weights(w + k * BH + j * WEIGHTS);
@@ -370,6 +363,7 @@ struct Tile {
   BLOCK_SPARSE_INLINE void multiply_any(Accumulators& acc, const Element* const (&x)[PIXELS], const Weight* w) {
 #pragma GCC unroll 1
     for (int k = 0; k < BW; k += DEPTH) {
+      free_registers();
       Value wk[VECTORS];
 #pragma GCC unroll 8
       for (int j = 0; j < VECTORS; ++j) wk[j] = weights(w + k * BH + j * WEIGHTS);
