@@ -23,8 +23,10 @@ from rich.console import Console
 
 from . import cpu_fit, cpu_probes, disk_cache, tune
 from .busy import Busy, alone
+from .chain_probe import chain_probe
 from .devices import MIB, DeviceSpec
 from .errors import OptionError
+from .layer_chain import CHAIN
 
 log = logging.getLogger("blocksparse_compiler")
 
@@ -82,6 +84,7 @@ def measure_host(*, thorough: bool = False, seconds: float = SECONDS) -> DeviceS
     """
     spec = DeviceSpec.host()
     probes = {**cpu_probes.call_probes(), **cpu_probes.dense_probes(spec), **cpu_probes.kernel_probes(spec)}
+    probes[CHAIN] = chain_probe(spec)
     tiles = (
         {**cpu_probes.dense_probes(spec, ("float16",)), **cpu_probes.tile_probes(spec)} if thorough else {}
     )
@@ -144,7 +147,7 @@ def _measure(probes: cpu_probes.Probes, seconds: float) -> dict[str, float]:
     calls: dict[str, Callable[[], Any]] = {_EMPTY: tune.call_cost()}
     for name, probe in probes.items():
         try:
-            run, x = tune.compile_candidate(probe.site, probe.pattern, probe.kernel, probe.config)
+            run, x = probe.compiled()
         except Exception as error:
             log.info("%s keeps its default: %s", name, error)
         else:

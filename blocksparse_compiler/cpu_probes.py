@@ -6,12 +6,14 @@ Names of probes are names of figures: fields of `DeviceSpec`, entries of its `ef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import cost, roofline, variants
+from . import cost, roofline, tune, variants
 from .amx_variant import AMX
 from .cpu_spmm import SPMM
 from .depthwise import DEPTHWISE, depthwise_pattern
@@ -37,11 +39,15 @@ class Probe:
             return cost.dense_cost(self.site, spec).evaluate()
         return cost.sparse_cost(self.site, self.pattern, spec, self.kernel).evaluate()
 
+    def compiled(self) -> tuple[Callable[[Tensor], Any], Tensor]:
+        """What runs it, and an input for that."""
+        return tune.compile_candidate(self.site, self.pattern, self.kernel, self.config)
+
 
 Probes = dict[str, Probe]
 
 
-def _conv(channels: int, kernel: int, size: int, groups: int = 1, out_channels: int = 0) -> Site:
+def conv(channels: int, kernel: int, size: int, groups: int = 1, out_channels: int = 0) -> Site:
     return Site(
         "calibration",
         "conv",
@@ -67,12 +73,12 @@ def _linear(rows: int, channels: int) -> Site:
 
 # One layer per class of dense efficiency; each takes some tenths of a millisecond.
 LAYERS: Mapping[str, Site] = {
-    "spatial": _conv(256, 3, 14),
-    "pointwise": _conv(512, 1, 28),
+    "spatial": conv(256, 3, 14),
+    "pointwise": conv(512, 1, 28),
     "linear": _linear(128, 768),
     "few_rows": _linear(8, 768),
-    "grouped": _conv(256, 3, 28, groups=32),
-    "depthwise": _conv(256, 3, 28, groups=256),
+    "grouped": conv(256, 3, 28, groups=32),
+    "depthwise": conv(256, 3, 28, groups=256),
 }
 LOW_PRECISION = ("spatial", "pointwise", "linear", "few_rows")
 """The classes that are measured in other dtypes than fp32, too."""
@@ -80,9 +86,9 @@ LOW_PRECISION = ("spatial", "pointwise", "linear", "few_rows")
 
 def call_probes() -> Probes:
     """Layers that take no time but that of the call."""
-    small = _conv(32, 1, 4)
+    small = conv(32, 1, 4)
     return {
-        "dense_conv_call_seconds": Probe(_conv(16, 1, 4)),
+        "dense_conv_call_seconds": Probe(conv(16, 1, 4)),
         "dense_linear_call_seconds": Probe(_linear(4, 16)),
         "sparse_call_seconds": Probe(small, tiles(small, (16, 16), 2), "cpu_f32"),
     }
@@ -95,7 +101,7 @@ def dense_probes(spec: DeviceSpec, dtypes: tuple[str, ...] = ("float32", "bfloat
         for kind in LAYERS if dtype == "float32" else LOW_PRECISION:
             prefix, _ = roofline.dense_instructions(dtype, kind, spec)
             probes[f"{prefix}/{kind}"] = Probe(replace(LAYERS[kind], dtype=dtype))
-    wide = replace(_conv(64, 1, 56, out_channels=256), dtype="uint8")
+    wide = replace(conv(64, 1, 56, out_channels=256), dtype="uint8")
     if "uint8" in dtypes:
         probes["dense_int8_epilogue_seconds_per_vector"] = Probe(wide)
     return probes
@@ -106,8 +112,8 @@ def dense_probes(spec: DeviceSpec, dtypes: tuple[str, ...] = ("float32", "bfloat
 
 def kernel_probes(spec: DeviceSpec) -> Probes:
     """A layer for every figure of our kernels that does not depend on the tile."""
-    narrow, wide = _conv(128, 1, 28), _conv(64, 1, 28, out_channels=256)
-    deep = _conv(1024, 1, 14, out_channels=512)
+    narrow, wide = conv(128, 1, 28), conv(64, 1, 28, out_channels=256)
+    deep = conv(1024, 1, 14, out_channels=512)
     layer = LAYERS["depthwise"]
     probes = {
         "transpose_seconds_per_vector": Probe(narrow, scattered(narrow, (4, 1), 0.03), SPMM.name),
@@ -130,7 +136,7 @@ def tile_probes(spec: DeviceSpec) -> Probes:
                 site = replace(LAYERS[kind], dtype=variant.dtypes[0])
                 probes[f"{tile}/{kind}"] = Probe(site, tiles(site, shape, 2), name)
             if name != AMX.name:
-                wide = replace(_conv(64, 1, 56, out_channels=256), dtype=variant.dtypes[0])
+                wide = replace(conv(64, 1, 56, out_channels=256), dtype=variant.dtypes[0])
                 probes[EPILOGUE + tile] = Probe(wide, scattered(wide, shape, 0.25), name)
     layer = replace(LAYERS["linear"], dtype="bfloat16")
     probes["amx_tile_seconds"] = Probe(layer, tiles(layer, (32, 32), 12), AMX.name)

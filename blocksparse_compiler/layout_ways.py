@@ -11,9 +11,10 @@ from .candidate_cost import MARGIN
 from .cpu_spmm import SPMM
 from .depthwise import DEPTHWISE, LARGEST_STRIDE
 from .devices import DeviceSpec
+from .layer_chain import MEMBER
 from .layouts import CHANNELS_FIRST, CHANNELS_LAST, Layouts
 from .pattern import BlockPattern
-from .plan import DENSE, Decision
+from .plan import DENSE, Decision, Site
 from .pointwise_depthwise import FUSE
 from .roofline import Hints, memory_seconds, value
 
@@ -94,6 +95,15 @@ def channels_first_ways(
         if not (decided and layouts == CHANNELS_LAST):
             seconds = scale * estimate(layouts)
             yield Way(kernel, layouts, seconds, pattern, parameters(layouts))
+
+
+def chained_config(
+    site: Site, pattern: BlockPattern, device: DeviceSpec, layouts: Layouts, *, number: int, bands: int
+) -> Mapping[str, int | str]:
+    """Parameters of a layer in a chain; with those that it would run with alone, should there be none."""
+    pointwise = SPMM.unsupported(site, pattern) is None
+    alone = SPMM.configs(site, pattern, device, layouts)[0] if pointwise else layouts.parameters
+    return {**alone, MEMBER: number, "bands": bands}
 
 
 def copy_seconds(shape: Sequence[int], device: DeviceSpec) -> float:

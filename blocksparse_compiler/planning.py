@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from .devices import AnyDevice
 from .devices import device as find_device
+from .passes.choose_chains import choose_chains
 from .passes.choose_kernels import choose_kernels
 from .passes.choose_layouts import choose_layouts
 from .passes.choose_training import choose_training
@@ -47,7 +48,8 @@ def plan(
     fold_batch_norm(copied)
     permute_channels(copied)
     chosen = choose_kernels(copied, spec, block_shape=block_shape, allow_dense=allow_dense, hints=hints)
-    return choose_fusions(copied, choose_layouts(copied, chosen, spec, hints=hints))
+    chained = choose_chains(copied, chosen, spec, hints=hints)
+    return choose_fusions(copied, choose_layouts(copied, chained, spec, hints=hints))
 
 
 def plan_training(

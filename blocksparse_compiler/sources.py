@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from .gpu_devices import GpuSpec
+from .layer_chain import chain_of
+from .packing import PackedWeight
 from .plan import Decision, Plan
 from .variants import VARIANTS
 
@@ -63,20 +65,37 @@ def assign(decisions: Iterable[Decision], generated: str) -> dict[str, str]:
         if name in kernels
     ]
     found = {}
-    for decision in decisions:
-        wanted = _packed_shapes(decision)
+    for together in _kernels_of(decisions):
+        wanted = _packed_shapes(together)
         match = next((call for call in calls if wanted <= call[1]), None)
         if match is not None:
             calls.remove(match)
-            found[decision.site.name] = match[0].strip()
+            found.update({decision.site.name: match[0].strip() for decision in together})
     return found
 
 
-def _packed_shapes(decision: Decision) -> set[Shape]:
-    """Shapes of the tiles and of the row pointer of a layer; depthwise layers have none."""
+def _kernels_of(decisions: Iterable[Decision]) -> Iterable[list[Decision]]:
+    """Layers that share a kernel, as in a chain; most have one to themselves."""
+    groups: dict[int | str, list[Decision]] = {}
+    for decision in decisions:
+        number = chain_of(decision.config)
+        groups.setdefault(decision.site.node if number is None else number, []).append(decision)
+    return groups.values()
+
+
+def _packed_shapes(decisions: Sequence[Decision]) -> set[Shape]:
+    """Shapes of the tiles and of the row pointer of a kernel; depthwise layers have tiles alone."""
+    packed = [_packed(decision) for decision in decisions]
+    if chain_of(decisions[0].config) is None:
+        return {tuple(t.shape) for t in (packed[0].values, packed[0].row_ptr) if t.numel()}
+    tables = [p for p in packed if p.row_ptr.numel()]
+    operands = ((p.values for p in tables), (p.row_ptr for p in tables))
+    return {(1, sum(tensor.numel() for tensor in parts)) for parts in operands}
+
+
+def _packed(decision: Decision) -> PackedWeight:
     assert decision.pattern is not None
-    packed = VARIANTS[decision.kernel].pack(torch.zeros(decision.pattern.weight_shape), decision.pattern)
-    return {tuple(t.shape) for t in (packed.values, packed.row_ptr) if t.numel()}
+    return VARIANTS[decision.kernel].pack(torch.zeros(decision.pattern.weight_shape), decision.pattern)
 
 
 def _sizes(text: str) -> Shape:

@@ -78,7 +78,7 @@ def layer_graph(site: Site, weight: Tensor, hints: cost.Hints | None = None) -> 
         node = graph.call_function(quantize, (node, *_scale(site)))
     graph.output((node,))
     gm = fx.GraphModule(root, graph)
-    _record_meta(gm, x)
+    record_meta(gm, x)
     return gm, x
 
 
@@ -121,7 +121,7 @@ def _call(graph: fx.Graph, site: Site, x: fx.Node, operands: list[fx.Node]) -> f
     return graph.call_function(torch.ops.aten.convolution.default, arguments)
 
 
-def _record_meta(gm: fx.GraphModule, x: Tensor) -> None:
+def record_meta(gm: fx.GraphModule, x: Tensor) -> None:
     """Runs the graph once and keeps every node's value, as tracing would."""
 
     class Recorder(fx.Interpreter):

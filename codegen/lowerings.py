@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from .. import pointwise_depthwise as _pointwise_depthwise  # noqa: F401  registers an operator
+from .. import layer_chain as _layer_chain  # noqa: F401  registers an operator
+from .. import pointwise_depthwise as _pointwise_depthwise  # noqa: F401
 from .. import quantized_ops as _quantized_ops  # noqa: F401
 from .. import training_ops as _training_ops  # noqa: F401
 from ..ops import OPERATORS
-from . import cpu_depthwise, cpu_gradients, cpu_lowerings, cpu_pointwise_depthwise
+from . import cpu_depthwise, cpu_gradients, cpu_layer_chain, cpu_lowerings, cpu_pointwise_depthwise
 from .inductor_api import fallback_handler, has_triton_package, register_lowering
 from .lowering_errors import Unsupported
 
@@ -28,6 +29,7 @@ _CPU_FAMILIES = {
     "lower_weight_grad": cpu_gradients,
     "lower_depthwise": cpu_depthwise,
     "lower_pointwise_depthwise": cpu_pointwise_depthwise,
+    "lower_layer_chain": cpu_layer_chain,
 }
 _HERE = Path(__file__).parent
 
@@ -68,7 +70,7 @@ def _family(device_type: str, name: str) -> Any:
     """The module with the lowerings for a device."""
     if device_type == "cpu":
         return _CPU_FAMILIES.get(name, cpu_lowerings)
-    if device_type != "cuda" or name.endswith("depthwise") or name.startswith("lower_quantized"):
+    if device_type != "cuda" or name.endswith(("depthwise", "chain")) or name.startswith("lower_quantized"):
         raise Unsupported(f"no kernels for {device_type}")
     if not has_triton_package():
         raise Unsupported("Triton is not installed (pip install triton)")

@@ -7,6 +7,7 @@ in place and return it.
 """
 
 from .apply_pattern import apply_pattern
+from .choose_chains import choose_chains
 from .choose_kernels import choose_kernels
 from .choose_layouts import choose_layouts
 from .choose_training import choose_training
@@ -14,6 +15,7 @@ from .find_sites import find_sites
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .fold_zero_blocks import fold_zero_blocks
+from .fuse_chains import fuse_chains
 from .fuse_depthwise import choose_fusions, fuse_depthwise
 from .insert_block_scales import insert_block_scales
 from .lower_quantized import lower_quantized
@@ -27,6 +29,7 @@ __all__ = [
     "PIPELINE",
     "PassContext",
     "apply_pattern",
+    "choose_chains",
     "choose_fusions",
     "choose_kernels",
     "choose_layouts",
@@ -35,6 +38,7 @@ __all__ = [
     "fold_batch_norm",
     "fold_constants",
     "fold_zero_blocks",
+    "fuse_chains",
     "fuse_depthwise",
     "insert_block_scales",
     "lower_quantized",

@@ -10,35 +10,31 @@ result, and the caller gets the strides of the model without us. A minimum cut f
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import networkx
-import torch
 from torch.fx import GraphModule, Node
 
 from .. import cost
 from ..candidate_cost import MARGIN
-from ..cpu_spmm import BLOCK_SHAPES, SPMM
-from ..depthwise import DEPTHWISE, depthwise_pattern
+from ..chain_cost import end_seconds
 from ..devices import AnyDevice, DeviceSpec
 from ..devices import device as present_device
 from ..gpu_devices import GpuSpec
-from ..layout_ways import Way, as_decided, channels_first_ways, copy_seconds, may_run_channels_first
+from ..layer_chain import chain_of
+from ..layout_ways import Way, chained_config, copy_seconds, may_run_channels_first
 from ..layouts import CHANNELS_LAST, Layouts
 from ..minimum_cut import LabelCosts, Table, units
-from ..pattern import BlockPattern
-from ..plan import DENSE, Decision, Plan
+from ..plan import Decision, Plan
 from ..roofline import symbolic, value
-from ..zero_blocks import zero_block_patterns
 from .calls import layer_call, norm_call, op_name, size_of, tensor_meta
+from .chain_links import Link, ends, planned_chains
 from .channel_axes import MEANS, POINTWISE, POOLS
 from .choose_kernels import traced_sizes
-from .fuse_depthwise import fusible_layers
+from .layer_ways import LayerWays, carried_out, has_layout
 from .lower_sites import is_channels_last
 from .permute_channels import NOTE
-from .static_values import StaticValues
 
 NEVER = units(1e3)
 """What a layout costs that a tensor cannot have."""
@@ -82,27 +78,22 @@ class _Choice:
         hints: Mapping[str, int],
     ) -> None:
         self.costs: LabelCosts[Node] = LabelCosts()
-        self.hints = hints
-        self._is_planned_elsewhere = device is not None
-        self._spec = functools.cache(lambda where: device or spec_of(where))
-        self._values = StaticValues(gm)
-        self._layers = {decision.site.node: decision for decision in plan}
+        self._layers = LayerWays(gm, plan, device, spec_of, hints)
         self._ways: dict[str, list[Way]] = {}
         self._sides: dict[str, tuple[Node, Node]] = {}
-        self._fusible = set(self._fusible_layers(gm, plan))
+        chains = planned_chains(gm, plan).values()
+        self._chains = {link.layer.name: links for links in chains for link in links}
+        inside = {node for links in chains for link in links for node in link.nodes}
         for node in gm.graph.nodes:
-            self._visit(node)
-
-    def _fusible_layers(self, gm: GraphModule, plan: Plan) -> Iterator[str]:
-        """Names of 1x1 and depthwise convolutions that could share a kernel."""
-        for first, second in fusible_layers(gm, plan):
-            if SPMM.name in _kernels(first) and DEPTHWISE.name in _kernels(second):
-                yield from (first.site.node, second.site.node)
+            if node not in inside:
+                self._visit(node)
+        for links in chains:
+            self._chain(links)
 
     # ---- what nodes cost --------------------------------------------------------------------------
 
     def _visit(self, node: Node) -> None:
-        decision = self._layers.get(node.name)
+        decision = self._layers.decisions.get(node.name)
         if node.op == "output":
             for returned in node.all_input_nodes:
                 self._fix(returned, is_channels_first(returned), self.copy(returned))
@@ -127,7 +118,7 @@ class _Choice:
             if has_layout(operand) and operand.op != "get_attr":
                 copy = self.copy(operand)
                 self.costs.add_pair(operand, node, ((0, copy), (copy, 0)))
-        if not self._may_lie_first(node):
+        if not self._layers.may_lie_first(node):
             self._fix(node, False, NEVER)
 
     def _stranger(self, node: Node) -> None:
@@ -140,13 +131,8 @@ class _Choice:
         call = layer_call(node)
         assert call is not None
         x, name = call.input, node.name
-        self._sides[name], self._ways[name] = (x, node), [as_decided(decision)]
-        if may_run_channels_first(decision) and self._may_lie_first(x) and self._may_lie_first(node):
-            pattern, spec = self._pattern(decision, call.weight), self._spec(decision.site.device)
-            if pattern is not None and isinstance(spec, DeviceSpec):
-                fusible = name in self._fusible
-                self._ways[name] += channels_first_ways(decision, pattern, spec, self.hints, fusible)
-        elif not self._may_lie_first(node):
+        self._sides[name], self._ways[name] = (x, node), self._layers.of(node, decision)
+        if not self._layers.may_lie_first(node):
             self._fix(node, False, NEVER)
         table = _table(*(self.units(name, Layouts(i, o)) for i in (False, True) for o in (False, True)))
         if has_layout(x) and has_layout(node) and x.op != "get_attr":
@@ -156,20 +142,12 @@ class _Choice:
         elif has_layout(x) and x.op != "get_attr":
             self.costs.add(x, (table[0][0], table[1][0]))
 
-    def _pattern(self, decision: Decision, weight_node: Node) -> BlockPattern | None:
-        """The weight in the blocks of the best kernel that runs channels first: transposes cost all alike."""
-        if decision.kernel in (SPMM.name, DEPTHWISE.name):
-            return decision.pattern
-        if whole := depthwise_pattern(decision.site):
-            return whole[0]
-        shapes = {f"{SPMM.name} {h}x{w}": (h, w) for h, w in BLOCK_SHAPES}
-        labels = (label for label in decision.estimates if label in shapes)
-        label = min(labels, key=decision.estimates.__getitem__, default=None)
-        weight = self._values.get(weight_node) if label else None
-        if label is None or weight is None:
-            return None
-        found = zero_block_patterns(weight, decision.site.groups, [shapes[label]])
-        return found[0] if found else None
+    def _chain(self, links: Sequence[Link]) -> None:
+        """What is between the layers has no layout; both ends may have either."""
+        for tensor in ends(links):
+            if tensor.op != "get_attr":
+                last, first = self._end_seconds(links, tensor)
+                self.costs.add(tensor, (units(last), units(first)))
 
     # ---- figures ----------------------------------------------------------------------------------
 
@@ -187,23 +165,22 @@ class _Choice:
 
     def copy_seconds(self, node: Node) -> float:
         tensor = tensor_meta(node)
-        if tensor is None or not self._may_lie_first(node):
+        if tensor is None or not self._layers.may_lie_first(node):
             return 0.0
-        shape = [int(value(symbolic(size_of(n)), self.hints)) for n in tensor.shape]
-        spec = self._spec("cpu")
+        shape = [int(value(symbolic(size_of(n)), self._layers.hints)) for n in tensor.shape]
+        spec = self._layers.spec("cpu")
         assert isinstance(spec, DeviceSpec)
         return copy_seconds(shape, spec)
 
-    def _may_lie_first(self, node: Node) -> bool:
-        """Whether both layouts are open to a tensor: kernels that run channels first are for such."""
-        tensor = tensor_meta(node)
-        return (
-            tensor is not None
-            and has_layout(node)
-            and tensor.dtype == torch.float32
-            and (self._is_planned_elsewhere or tensor.device.type == "cpu")
-            and all(isinstance(size, int) for size in tensor.shape[1:])
-        )
+    def _end_seconds(self, links: Sequence[Link], tensor: Node) -> tuple[float, float]:
+        """For a chain to read or write a tensor that lies channels last, or first."""
+        decision = self._layers.decisions[links[0].layer.name]
+        device, known = self._layers.spec(decision.site.device), tensor_meta(tensor)
+        assert isinstance(device, DeviceSpec) and known is not None
+        sizes = (int(value(symbolic(size_of(n)), self._layers.hints)) for n in known.shape)
+        images, channels, height, width = sizes
+        size, bands = (channels, height, width), int(decision.config["bands"])
+        return end_seconds(size, False, device, images, bands), end_seconds(size, True, device, images, bands)
 
     # ---- regions ----------------------------------------------------------------------------------
 
@@ -223,30 +200,34 @@ class _Choice:
     def decision(self, old: Decision, first: set[Node]) -> Decision:
         """What is decided about a layer with these tensors channels first."""
         layer = old.site.node
+        if layer in self._chains:
+            return self._in_chain(old, self._chains[layer], first)
         if layer not in self._ways:
             return old
         x, node = self._sides[layer]
         _, way = self.best(layer, Layouts(x in first, node in first))
-        return old if way is self._ways[layer][0] else _carried_out(old, way, node.meta.get(NOTE))
+        if way is self._ways[layer][0]:
+            return old
+        assert way.pattern is not None
+        label = cost.Candidate(0.0, way.kernel, way.pattern).label
+        why = _why_first(way.layouts, old.estimates[label] - way.seconds)
+        return carried_out(old, way, why, node.meta.get(NOTE))
 
-
-def _kernels(decision: Decision) -> set[str]:
-    """Of all candidates."""
-    return {label.partition(" ")[0] for label in decision.estimates}
-
-
-def _carried_out(old: Decision, way: Way, note: str | None) -> Decision:
-    assert way.pattern is not None
-    label = cost.Candidate(0.0, way.kernel, way.pattern).label
-    dense, last = old.estimates[DENSE], old.estimates[label]
-    # Of the same kernel, all but the first part of the sentence still holds, which is about seconds.
-    further = old.reason.split("; ")[1:] if way.kernel == old.kernel else [note] if note else []
-    why = cost.why_sparse(way.pattern, way.seconds, dense, measured=old.measured)
-    reason = "; ".join([why, *further, _why_first(way.layouts, last - way.seconds)])
-    estimates = {**old.estimates, way.kernel: way.seconds}
-    return replace(
-        old, kernel=way.kernel, reason=reason, pattern=way.pattern, config=way.config, estimates=estimates
-    )
+    def _in_chain(self, old: Decision, links: Sequence[Link], first: set[Node]) -> Decision:
+        """What its end reads or writes may lie channels first; inside, everything does."""
+        (x, out), nodes = ends(links), [link.layer.name for link in (links[0], links[-1])]
+        sides = [old.site.node != node or end in first for node, end in zip(nodes, (x, out), strict=True)]
+        seconds = old.estimates[old.kernel]
+        for node, end in zip(nodes, (x, out), strict=True):
+            if old.site.node == node and end in first:
+                last, other = self._end_seconds(links, end)
+                seconds += other - last
+        device, number = self._layers.spec(old.site.device), chain_of(old.config)
+        assert isinstance(device, DeviceSpec) and old.pattern is not None and number is not None
+        config = chained_config(
+            old.site, old.pattern, device, Layouts(*sides), number=number, bands=int(old.config["bands"])
+        )
+        return replace(old, config=config, estimates={**old.estimates, old.kernel: seconds})
 
 
 def _why_first(layouts: Layouts, saved: float) -> str:
@@ -255,15 +236,6 @@ def _why_first(layouts: Layouts, saved: float) -> str:
     )
     gain = f": saves {cost.format_seconds(saved)} of transposes" if saved > 0 else ""
     return f"{side}channels first, as its neighbours{gain}"
-
-
-def has_layout(node: Node) -> bool:
-    """Whether it is a tensor for which channels last and channels first differ."""
-    tensor = tensor_meta(node)
-    if tensor is None or tensor.dim() not in (3, 4):
-        return False
-    _, channels, *pixels = map(size_of, tensor.shape)
-    return channels != 1 and any(size != 1 for size in pixels)
 
 
 def is_channels_first(node: Node) -> bool:

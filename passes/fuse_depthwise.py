@@ -8,7 +8,6 @@ For layers that lie channels first (choose_layouts), where nothing but an activa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,11 +17,12 @@ from torch.fx import GraphModule, Node
 
 from ..cpu_spmm import SPMM
 from ..depthwise import DEPTHWISE
+from ..layer_chain import chain_of
 from ..layouts import CHANNELS_FIRST, Layouts
 from ..plan import Decision, Plan
 from ..pointwise_depthwise import FUSE, Activation, is_fused
 from ..variants import KernelConfig
-from .calls import op_name
+from .activations import activation_of, only_user
 from .static_values import set_constant
 
 
@@ -32,6 +32,8 @@ def choose_fusions(gm: GraphModule, plan: Plan) -> Plan:
     for first, second in fusible_layers(gm, plan):
         if first.kernel != SPMM.name or second.kernel != DEPTHWISE.name:
             continue
+        if chain_of(first.config) is not None or chain_of(second.config) is not None:
+            continue  # they share a kernel with more
         if _is_channels_first(first) and _is_channels_first(second):
             changed[first.site.node] = _said(first, f"in one kernel with {second.site.name}")
             changed[second.site.node] = _said(second, f"in one kernel with {first.site.name}")
@@ -49,10 +51,11 @@ def fuse_depthwise(gm: GraphModule) -> int:
 
 
 def fusible_layers(gm: GraphModule, plan: Plan) -> Iterator[tuple[Decision, Decision]]:
-    """Layers between which nothing but an activation stands, of whatever kinds."""
+    """Layers between which nothing but an activation stands, of whatever kinds; the first is not strided."""
     layers = {decision.site.node: decision for decision in plan}
+    firsts = {name for name, decision in layers.items() if all(s == 1 for s in decision.site.stride)}
     for node in gm.graph.nodes:
-        behind = _behind(node) if node.name in layers else None
+        behind = _behind(node) if node.name in firsts else None
         if behind is not None and behind.depthwise.name in layers:
             yield layers[node.name], layers[behind.depthwise.name]
 
@@ -66,47 +69,12 @@ class _Behind(NamedTuple):
 
 def _behind(node: Node) -> _Behind | None:
     """What a 1x1 convolution could share a kernel with, were its reader a depthwise convolution."""
-    user = _only_user(node)
-    activation = _activation(user) if user is not None else None
+    user = only_user(node)
+    activation = activation_of(user) if user is not None else None
     if activation is None:
         return _Behind(Activation("identity"), user) if user is not None else None
-    depthwise = _only_user(user) if user is not None else None
+    depthwise = only_user(user) if user is not None else None
     return _Behind(activation, depthwise) if depthwise is not None else None
-
-
-def _only_user(node: Node) -> Node | None:
-    """The node that reads this one alone, and as its first operand."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    return user if user is not None and user.args[:1] == (node,) and user.op != "output" else None
-
-
-_PLAIN = {"relu", "hardswish", "silu"}
-_BOUNDS: dict[str, tuple[Any, Any]] = {"relu6": (0.0, 6.0), "hardtanh": (-1.0, 1.0), "clamp": (None, None)}
-
-
-def _activation(node: Node) -> Activation | None:
-    """The activation that `node` computes, in whatever dialect; its in-place forms, too."""
-    name = op_name(node).rstrip("_")
-    if name in _PLAIN:
-        return Activation(name)
-    if name not in _BOUNDS or node.op not in ("call_function", "call_method"):
-        return None
-    low, high = _BOUNDS[name]
-    given: list[Any] = [*node.args[1:3], *(None,) * (3 - len(node.args[:3]))]
-    if name != "relu6":
-        low = _first(given[0], node.kwargs.get("min_val"), node.kwargs.get("min"), low)
-        high = _first(given[1], node.kwargs.get("max_val"), node.kwargs.get("max"), high)
-    if not _is_number(low) or not _is_number(high):
-        return None
-    return Activation("clamp", float(low), float(high))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
 
 
 def _is_channels_first(decision: Decision) -> bool:
@@ -122,7 +90,8 @@ def _pairs(gm: GraphModule) -> Iterator[tuple[Node, _Behind]]:
     ops = torch.ops.blocksparse
     for node in gm.graph.find_nodes(op="call_function", target=ops.conv.default):
         config = KernelConfig.decode(node.args[-1])
-        behind = _behind(node) if is_fused(config.parameters) else None
+        stride: Any = node.args[7]
+        behind = _behind(node) if is_fused(config.parameters) and set(stride) == {1} else None
         if behind is not None and behind.depthwise.target == ops.depthwise.default:
             yield node, behind
 

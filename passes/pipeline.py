@@ -13,14 +13,17 @@ from torch.fx import GraphModule
 
 from ..devices import AnyDevice
 from ..devices import device as present_device
+from ..layer_chain import chain_of
 from ..layouts import CHANNELS_LAST, Layouts
 from ..pattern import BlockShape
 from ..plan import Plan
 from ..pointwise_depthwise import is_fused
+from .choose_chains import choose_chains
 from .choose_kernels import choose_kernels
 from .choose_layouts import choose_layouts
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
+from .fuse_chains import fuse_chains
 from .fuse_depthwise import choose_fusions, fuse_depthwise
 from .lower_quantized import lower_quantized
 from .lower_sites import lower_sites
@@ -62,6 +65,12 @@ def _choose(gm: GraphModule, context: PassContext) -> int:
     return sum(not decision.is_dense for decision in context.plan)
 
 
+def _choose_chains(gm: GraphModule, context: PassContext) -> int:
+    if context.given_plan is None:
+        context.plan = choose_chains(gm, context.plan, context.device, spec_of=context.spec_of)
+    return len({chain_of(decision.config) for decision in context.plan} - {None})
+
+
 def _choose_layouts(gm: GraphModule, context: PassContext) -> int:
     if context.given_plan is None:  # whose layouts are obeyed
         context.plan = choose_layouts(gm, context.plan, context.device, spec_of=context.spec_of)
@@ -79,10 +88,12 @@ PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
     ("fold_batch_norm", lambda gm, _: fold_batch_norm(gm)),
     ("permute_channels", lambda gm, _: permute_channels(gm)),
     ("choose_kernels", _choose),
+    ("choose_chains", _choose_chains),
     ("choose_layouts", _choose_layouts),
     ("choose_fusions", _choose_fusions),
     ("lower_quantized", lambda gm, context: lower_quantized(gm, context.plan)),
     ("lower_sites", lambda gm, context: lower_sites(gm, context.plan)),
+    ("fuse_chains", lambda gm, _: fuse_chains(gm)),
     ("fuse_depthwise", lambda gm, _: fuse_depthwise(gm)),
 )
 

@@ -62,6 +62,26 @@ def written_operands(node: Node) -> list[Node]:
     return _nodes(found)
 
 
+class Writes:
+    """When a graph writes to which memory: positions of nodes, and what is written there."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self._position = {node: i for i, node in enumerate(gm.graph.nodes)}
+        self._written = [
+            (i, operand, _storage(operand))
+            for node, i in self._position.items()
+            for operand in written_operands(node)
+        ]
+
+    def between(self, tensor: Node, begin: Node, end: Node) -> bool:
+        """Whether a node behind `begin` and before `end` writes to the memory of `tensor`."""
+        storage, (first, last) = _storage(tensor), (self._position[node] for node in (begin, end))
+        return any(
+            first < i < last and (operand is tensor or (storage is not None and storage == written))
+            for i, operand, written in self._written
+        )
+
+
 def _body_writes(node: Node) -> bool:
     """Whether the graphs that a higher-order operator runs may write to its operands; without graphs, yes."""
     attributes = [n for n in node.all_input_nodes if n.op == "get_attr"]

@@ -21,6 +21,7 @@ SIGNATURES = {
     f"{IMAGES}, str kernel",
     "quantized_conv": f"{QUANTIZED}, {IMAGES}, str kernel",
     "quantized_linear": f"{QUANTIZED}, str kernel",
+    "layer_chain": f"{WEIGHT}, Tensor filters, Tensor biases, str layers, bool channels_last, str kernel",
     "weight_grad": "Tensor grad, Tensor x, Tensor tile_index, int[] block_shape, "
     f"{WINDOW}, Tensor? groups=None",
 }

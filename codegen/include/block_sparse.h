@@ -24,6 +24,7 @@ struct Lanes {
     return value;
   }
   BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { *reinterpret_cast<Unaligned*>(p) = a; }
+  BLOCK_SPARSE_INLINE void store(const Value& a, float* p, int64_t count) { std::memcpy(p, &a, count * sizeof(float)); }
   BLOCK_SPARSE_INLINE Value broadcast(const float* p) {
     typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
     uint32_t word;  // moved as bits: pairs of bf16 may look like subnormal floats, which arithmetic may flush
@@ -47,6 +48,7 @@ struct Lanes<at::vec::Vectorized<float>::size()> {
 #endif
   }
   BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { a.store(p); }
+  BLOCK_SPARSE_INLINE void store(const Value& a, float* p, int64_t count) { a.store(p, count); }
   BLOCK_SPARSE_INLINE Value broadcast(const float* p) { return Value(*p); }
   BLOCK_SPARSE_INLINE Value multiply_add(const Value& a, const Value& b, const Value& c) {
     return at::vec::fmadd(a, b, c);
@@ -60,6 +62,9 @@ struct Lanes<8> {
   using Value = __m256;
   BLOCK_SPARSE_INLINE Value load(const float* p) { return _mm256_loadu_ps(p); }
   BLOCK_SPARSE_INLINE void store(const Value& a, float* p) { _mm256_storeu_ps(p, a); }
+  BLOCK_SPARSE_INLINE void store(const Value& a, float* p, int64_t count) {
+    _mm256_mask_storeu_ps(p, static_cast<__mmask8>((1u << count) - 1), a);
+  }
   BLOCK_SPARSE_INLINE Value broadcast(const float* p) { return _mm256_set1_ps(*p); }
   BLOCK_SPARSE_INLINE Value multiply_add(const Value& a, const Value& b, const Value& c) {
     return _mm256_fmadd_ps(a, b, c);

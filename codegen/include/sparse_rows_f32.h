@@ -136,7 +136,7 @@ struct RowWeights {
 
 struct Identity {
   template <class Value>
-  inline __attribute__((always_inline)) Value operator()(const Value& x) const { return x; }
+  inline __attribute__((always_inline)) Value operator()(const Value& x, int, int) const { return x; }
 };
 
 // HEIGHT output channels by VECTORS vectors of pixels in registers.
@@ -207,7 +207,7 @@ struct SparseRows {
   }
 
   // out[HEIGHT][OUT_STRIDE] of one block row: its nonzero columns [begin, end), and HEIGHT biases or null; and
-  // a function of the sums.
+  // a function of the sums, of the row and of the vector.
   template <int64_t OUT_STRIDE = PIXELS, class Activation = Identity>
   BLOCK_SPARSE_INLINE void row(
       float* out, const float* x, const RowWeights& w, int32_t begin, int32_t end, const float* bias,
@@ -227,7 +227,7 @@ struct SparseRows {
     for (int i = 0; i < HEIGHT * VECTORS; ++i) {
       const Value sum = sums[i / VECTORS][i % VECTORS];
       float* const y = out + i / VECTORS * OUT_STRIDE + i % VECTORS * LANES;
-      Vec::store(activate(bias ? sum + Vec::broadcast(bias + i / VECTORS) : sum), y);
+      Vec::store(activate(bias ? sum + Vec::broadcast(bias + i / VECTORS) : sum, i / VECTORS, i % VECTORS), y);
     }
   }
 };

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from chain_models import no_chains  # noqa: F401
 from kernel_cases import compiling, count_kernels
 from layer_cases import FIXED
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.passes.pipeline import PassContext, run_pipeline
 from blocksparse_compiler.planning import copy_graph
 from blocksparse_compiler.pointwise_depthwise import is_fused
+
+pytestmark = pytest.mark.usefixtures("no_chains")  # which take in such pairs, too
 
 ONE_THREAD = dataclasses.replace(FIXED, threads=1)
 OP = torch.ops.blocksparse.pointwise_depthwise.default
@@ -93,6 +96,15 @@ def test_what_others_read_is_kept():
     assert not pairs(gm) and not any(is_fused(d.config) for d in plan)
     for out, want in zip(gm(x), model(x), strict=True):
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_strided_convolution_keeps_its_kernel():
+    torch.manual_seed(0)
+    first = bsc.prune_blocks(nn.Conv2d(32, 128, 1, stride=2), (4, 1), 0.15)
+    model, x = nn.Sequential(first, nn.Conv2d(128, 128, 3, groups=128)), torch.randn(1, 32, 56, 56)
+    gm, plan = lowered(model, x)
+    assert not pairs(gm) and not any(is_fused(d.config) for d in plan)
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_network_runs_pairs_and_no_copies():
