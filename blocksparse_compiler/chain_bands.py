@@ -20,11 +20,6 @@ INNER_BYTES = 24 << 10
 MOST_ROWS = 8
 """Output rows of a depthwise layer's register tile."""
 
-LARGEST_REACH, LARGEST_STRIDE = 15, 4
-"""Rows that an output row of a depthwise layer may span, and strides it may have."""
-
-BEYOND = MOST_ROWS * LARGEST_STRIDE + LARGEST_REACH
-
 Rows = tuple[int, int]
 """Image rows, from the first to behind the last."""
 
@@ -207,8 +202,12 @@ class ChainBands:
             self.tensors[number] = replace(tensor, pitch=pitch, offset=offset)
         self.inner = self.floats
         inner = max((s.inner_pitch * s.pointwise.height for s in self.steps if s.pointwise), default=0)
-        # Register tiles of several rows read beyond the last plane, and drop what they make of it.
-        self.floats = _round(self.inner + inner + BEYOND * max(t.width for t in self.tensors), 1024)
+        self.floats = _round(self.inner + inner + max(map(self._beyond, self.steps)), 1024)
+
+    def _beyond(self, step: Step) -> int:
+        """Floats behind the last plane that register tiles of several rows read; the sums are dropped."""
+        stride = step.depthwise.stride[0] if step.depthwise else 0
+        return (MOST_ROWS - 1) * stride * self.sizes[step.reads][2]
 
     def _step_of(self, layer: int) -> int:
         """The step that runs a layer; -1 for the load of the input."""

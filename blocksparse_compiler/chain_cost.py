@@ -1,9 +1,9 @@
 """What a chain of layers costs in one kernel (`layer_chain`): steps on a band of rows, and what bands share.
 
-Each thread computes alone, from memory of its own; so a layer costs what it costs one thread, on fewer rows.
-What share of peak that reaches is a figure of its own: what `cpu_spmm` and `depthwise` lose on other layouts, or
-to other cores, is not lost here. On top come meetings of the threads, rows that they take from each other, and
-both ends of the chain.
+Each thread computes alone, from memory of its own; so a layer costs what it costs one thread, on fewer
+rows. What share of peak that reaches is a figure of its own: what `cpu_spmm` and `depthwise` lose on other
+layouts, or to other cores, is not lost here. On top come meetings of the threads, rows taken from each
+other, and the chain's ends.
 """
 
 from __future__ import annotations

@@ -152,8 +152,8 @@ def _decode_layer(text: str) -> Layer:
         activation = Activation.parse(str(known["activation"]))
         if config.variant == "pointwise":
             adds = known.get("adds")
-            numbers = (int(known[key]) for key in ("out", "height", "blocks"))
-            return Pointwise(*numbers, activation, None if adds is None else int(adds))
+            out, height, blocks = (int(known[key]) for key in ("out", "height", "blocks"))
+            return Pointwise(out, height, blocks, activation, None if adds is None else int(adds))
         if config.variant == "depthwise":
             g = [int(number) for number in str(known["geometry"]).split(",")]
             return Depthwise((g[0], g[1]), (g[2], g[3]), (g[4], g[5], g[6], g[7]), (g[8], g[9]), activation)

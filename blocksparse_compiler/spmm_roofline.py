@@ -1,8 +1,9 @@
 """What the CPU kernel for scattered weights costs (`cpu_spmm`): nonzeros, and transposing in and out.
 
-A nonzero block costs the dearest of its multiply-adds, its instructions that load, and, where the panel of
-inputs exceeds L1, the bytes that it takes from L2. Higher blocks share the loads and the bytes. A side of the
-layer that lies channels first is not transposed; its pixel tiles then end with each image.
+A nonzero block costs the dearer of its multiply-adds and its instructions that load, and, where the panel of
+inputs exceeds L1, the bytes that it takes from L2, which hide about half of either. Higher blocks share the
+loads and the bytes. A side of the layer that lies channels first is not transposed; its pixel tiles then end
+with each image.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from .devices import DeviceSpec
 from .layouts import CHANNELS_LAST, Layouts
 from .pattern import BlockPattern, BlockShape
 from .plan import Site
-from .roofline import Cost, activation_bytes, memory_seconds, positions, symbolic, weight_elements
+from .roofline import OVERLAP, Cost, activation_bytes, memory_seconds, positions, symbolic, weight_elements
 
-MULTIPLY_RATE = 0.8
+MULTIPLY_RATE = 0.7
 """Of peak, with everything in registers and L1; a device's `efficiency` may know better."""
 
 _COPY = 0.5
@@ -96,4 +97,5 @@ def _block_seconds(site: Site, height: int, tile: cpu_spmm.PixelTile, device: De
     missing = max(0.0, 1 - 0.75 * device.l1_bytes_per_thread / panel_bytes)
     read_rate = device.l2_read_over_copy * device.l2_bytes_per_second_per_thread
     fetch = missing * _BYTES * tile.pixels / read_rate
-    return max(multiply, load, fetch)
+    small, large = sorted((max(multiply, load), fetch))
+    return large + (1 - OVERLAP) * small

@@ -18,7 +18,8 @@ def channels_last_conv(x: Any, window: Window) -> tuple[Any, ConvGeometry]:
     x.realize()
     x = ir.ExternKernel.require_channels_last(x)
     image_stride, channel_stride, row_stride, pixel_stride = map(as_int, x.get_stride())
-    if channel_stride != 1 or not is_static(pixel_stride):
+    single = as_int(x.get_size()[1]) == 1  # whose stride means nothing
+    if (channel_stride != 1 and not single) or not is_static(pixel_stride):
         raise Unsupported(f"strides {x.get_stride()} of the input")
     return x, _geometry(x, (image_stride, row_stride, pixel_stride), window)
 

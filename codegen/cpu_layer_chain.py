@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..chain_bands import MOST_ROWS, ChainBands, Step
 from ..cpu_spmm import SIDE, pixel_tiles
-from ..layer_chain import Depthwise, LayerChainArguments, Pointwise
+from ..layer_chain import Depthwise, LayerChainArguments, Offsets, Pointwise
 from ..layouts import Layouts
 from ..pointwise_depthwise import Activation
 from ..variants import KernelConfig
@@ -23,7 +22,7 @@ from .inductor_api import ir, lowerings, parallel_num_threads
 from .kernel_template import KernelTemplate
 from .lowering_errors import Unsupported
 from .output_matrix import OutputMatrix
-from .tiling import Size, all_static, even_segment, is_static
+from .tiling import ConvGeometry, Size, all_static, even_segment, is_static
 from .views import kernel_inputs, without_offset
 
 _PIXELWISE = Window((1, 1), (1, 1), (0, 0, 0, 0), (1, 1))
@@ -39,9 +38,10 @@ def lower_layer_chain(args: LayerChainArguments) -> Any:
     n, channels = x.get_size()[:2]
     if not all_static((channels, *conv.input_size)):
         raise Unsupported(f"a chain of layers on {channels} channels of images of {conv.input_size}")
-    size = int(channels), *map(int, conv.input_size)
+    height, width = map(int, conv.input_size)
+    size = (int(channels), height, width)
     images_fill_threads = not is_static(n) or int(n) >= parallel_num_threads()
-    bands = 1 if images_fill_threads else int(parameters.get("bands", 1))
+    bands = 1 if images_fill_threads else max(1, int(parameters.get("bands", 1)))
     out_channels, *pixels = args.chain.sizes(*size)[-1]
     shape = [n, out_channels, *pixels] if layouts.writes_first else [n, *pixels, out_channels]
     operands = [args.values, args.row_ptr, args.tile_index, args.filters, args.biases]
@@ -50,7 +50,7 @@ def lower_layer_chain(args: LayerChainArguments) -> Any:
         ir.FixedLayout(x.get_device(), x.get_dtype(), shape),
         parallel_num_threads(),
         images=n,
-        image_strides=conv.input_strides,
+        conv=conv,
         bands=ChainBands(args.chain, size, bands, vectors_of_isa()[0]),
         layouts=layouts,
     )
@@ -67,17 +67,18 @@ class StepText:
         depthwise: those of `ChannelRows`; a step that is a 1x1 convolution alone has none.
         stride, top: rows between the first input rows of two output rows, and padding above the first.
         reach: rows that an output row spans.
-        at: operands of the first layer, `bias` those of the last.
+        activation: number of the one behind the first layer.
+        block_rows: of the 1x1 convolution.
+        at, last: where the operands of the first layer and of the last one begin.
     """
 
     step: Step
     tiles: str
     depthwise: str
     activation: int
-    last_activation: int
     block_rows: int
-    at: Any
-    last: Any
+    at: Offsets
+    last: Offsets
     stride: int = 1
     top: int = 0
     reach: int = 1
@@ -90,7 +91,7 @@ class LayerChainTemplate(KernelTemplate):
         input_nodes: input; values, row_ptr, tile_index, filters and biases of all layers.
         layout: output, contiguous: `[n, c, oh, ow]`, or `[n, oh, ow, c]`.
         images: number of them; one, or fewer than threads, where `bands` cut them.
-        image_strides: floats between the images, rows and pixels of the input.
+        conv: where the input lies, as a 1x1 convolution reads it.
         bands: what each thread computes and holds.
         layouts: what is read and written.
     """
@@ -111,12 +112,12 @@ class LayerChainTemplate(KernelTemplate):
         num_threads: int,
         *,
         images: Size,
-        image_strides: Sequence[Size],
+        conv: ConvGeometry,
         bands: ChainBands,
         layouts: Layouts,
     ) -> None:
         super().__init__("layer_chain", input_nodes, layout, num_threads)
-        self.images, self.image_strides, self.bands, self.layouts = images, image_strides, bands, layouts
+        self.images, self.conv, self.bands, self.layouts = images, conv, bands, layouts
         self.lanes, self.registers = vectors_of_isa()
         self.activations = list(dict.fromkeys(layer.activation for layer in bands.chain.layers))
 
@@ -130,7 +131,8 @@ class LayerChainTemplate(KernelTemplate):
         bands = self.bands
         return {
             "images": self.images,
-            "image_strides": self.image_strides,
+            "strides": self.conv.input_strides,
+            "step": self.conv.input_strides[2] if self.conv.is_flat(1) else 0,
             "bands": bands,
             "tensors": bands.tensors,
             "steps": [self._step(step) for step in bands.steps],
@@ -145,20 +147,19 @@ class LayerChainTemplate(KernelTemplate):
         layers, offsets = self.bands.chain.layers, self.bands.chain.offsets(self.bands.size[0])
         pointwise, depthwise = step.pointwise, step.depthwise
         first, last = step.layers[0], step.layers[-1]
-        text = {
-            "step": step,
-            "tiles": "" if pointwise is None else self._tiles(step, pointwise),
-            "depthwise": "" if depthwise is None else self._depthwise(step, depthwise),
-            "activation": self._number(layers[first].activation),
-            "last_activation": self._number(layers[last].activation),
-            "block_rows": -(-pointwise.out_channels // pointwise.height) if pointwise else 0,
-            "at": offsets[first],
-            "last": offsets[last],
-        }
+        text = StepText(
+            step,
+            tiles="" if pointwise is None else self._tiles(step, pointwise),
+            depthwise="" if depthwise is None else self._depthwise(step, depthwise),
+            activation=self._number(layers[first].activation),
+            block_rows=-(-pointwise.out_channels // pointwise.height) if pointwise else 0,
+            at=offsets[first],
+            last=offsets[last],
+        )
         if depthwise is None:
-            return StepText(**text)
+            return text
         reach = depthwise.dilation[0] * (depthwise.kernel_size[0] - 1) + 1
-        return StepText(**text, stride=depthwise.stride[0], top=depthwise.padding[0], reach=reach)
+        return replace(text, stride=depthwise.stride[0], top=depthwise.padding[0], reach=reach)
 
     def _number(self, activation: Activation) -> int:
         return self.activations.index(activation)
@@ -176,8 +177,8 @@ class LayerChainTemplate(KernelTemplate):
 
     def _depthwise(self, step: Step, layer: Depthwise) -> str:
         read, written = self.bands.tensors[step.reads], self.bands.tensors[step.writes]
-        geometry = (*layer.kernel_size, read.height, read.width, written.width, *layer.stride)
-        geometry = (*geometry, *layer.dilation, layer.padding[0], layer.padding[2])
+        sizes = (*layer.kernel_size, read.height, read.width, written.width)
+        geometry = (*sizes, *layer.stride, *layer.dilation, layer.padding[0], layer.padding[2])
         lanes = vector_of(self.lanes, written.width)
         rows = even_segment(step.strip, MOST_ROWS)
         activation = f"Activation{self._number(layer.activation)}"

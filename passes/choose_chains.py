@@ -1,8 +1,8 @@
 """Decides which layers run in one kernel, each thread on rows of an image (`layer_chain`). Changes nothing.
 
 Candidates are layers that follow each other with nothing but activations and residual sums between them, and
-which nobody else reads in between. Of each such path, the parts are taken that save most against what its
-layers would cost at best, one by one or in pairs, if all their neighbours lay as they like it.
+which nobody else reads in between. Of each such path, the parts are taken that save most against what their
+layers would cost without chains, each region in the layout that suits it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..roofline import symbolic, value
 from .calls import LayerCall, layer_call
 from .chain_links import Kind, Link, is_closed, part, paths
 from .choose_kernels import traced_sizes
+from .choose_layouts import choose_layouts
 from .layer_ways import LayerWays, carried_out
 from .permute_channels import NOTE
 
@@ -50,7 +51,8 @@ def choose_chains(
     if isinstance(device, GpuSpec) or not any(map(may_run_channels_first, plan)):
         return plan
     ways = LayerWays(gm, plan, device, spec_of, {**traced_sizes(gm), **(hints or {})})
-    members = {node: member for node in gm.graph.nodes if (member := _member(ways, node))}
+    apart = {d.site.node: d for d in choose_layouts(gm, plan, device, hints=hints, spec_of=spec_of)}
+    members = {node: member for node in gm.graph.nodes if (member := _member(ways, node, apart))}
     changed: dict[str, Decision] = {}
     number = 0
     for path in paths(gm, lambda node: members[node].kind if node in members else None):
@@ -66,7 +68,7 @@ class _Member:
 
     Args:
         images: of a batch.
-        alone: seconds at best, outside of a chain.
+        alone: seconds without chains, in the layout that suits its region.
     """
 
     node: Node
@@ -86,7 +88,7 @@ class _Member:
         return Depthwise(site.kernel_size, site.stride, padding, site.dilation, link.activation)  # type: ignore[arg-type]
 
 
-def _member(ways: LayerWays, node: Node) -> _Member | None:
+def _member(ways: LayerWays, node: Node, apart: Mapping[str, Decision]) -> _Member | None:
     decision, call = ways.decisions.get(node.name), layer_call(node)
     if decision is None or call is None or call.op != "conv2d" or node.args[:1] != (call.input,):
         return None
@@ -100,7 +102,7 @@ def _member(ways: LayerWays, node: Node) -> _Member | None:
     kernel = _KERNELS[kind]
     known = decision.estimates[cost.Candidate(0.0, kernel, pattern).label]
     scale = known / cost.sparse_cost(site, pattern, device, kernel).evaluate(ways.hints)
-    alone = min(way.seconds for way in ways.of(node, decision))
+    alone = apart[node.name].estimates[apart[node.name].kernel]
     images = int(value(symbolic(site.input_shape[0]), ways.hints))
     return _Member(node, kind, decision, ChainLayer(site, pattern, scale), device, images, alone)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..cpu_spmm import SPMM
-from ..depthwise import DEPTHWISE
+from ..depthwise import DEPTHWISE, LARGEST_STRIDE
 from ..kernel_variant import KernelConfig
 from ..layer_chain import (
     CHAIN,
@@ -70,10 +70,10 @@ def lowered_kind(node: Node) -> Kind | None:
     ops, shape = torch.ops.blocksparse, tensor_meta(node)
     if node.op != "call_function" or shape is None or shape.dim() != 4 or shape.dtype != torch.float32:
         return None
+    arguments: tuple[Any, ...] = node.args
     if node.target == ops.depthwise.default and _config(node).variant == DEPTHWISE.name:
-        return "depthwise"
+        return "depthwise" if arguments[4][-1] <= LARGEST_STRIDE else None
     if node.target == ops.conv.default and _config(node).variant == SPMM.name:
-        arguments: tuple[Any, ...] = node.args
         kernel_size, stride, padding = arguments[6:9]
         plain = all(size == 1 for size in (*kernel_size, *stride)) and not any(padding)
         return "pointwise" if plain else None
@@ -150,8 +150,7 @@ class _Operands:
         _, filters, bias, kernel_size, stride, padding, dilation, *_ = arguments
         self.filters.append(pack_filters(value(filters)))
         self.biases.append(pack_bias(value(bias), value(filters).shape[1]))
-        geometry: list[Any] = [tuple(numbers) for numbers in (kernel_size, stride, padding, dilation)]
-        return Depthwise(*geometry, link.activation)
+        return Depthwise(tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), link.activation)
 
 
 def _fuse(gm: GraphModule, links: Sequence[Link], values: StaticValues) -> None:

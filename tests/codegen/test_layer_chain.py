@@ -53,6 +53,7 @@ TRICKY = [
     ),
     ChainCase((5, 8, 12, 10), RESIDUALS[:6]),
     ChainCase((1, 16, 3, 33), RESIDUALS, 8),
+    ChainCase((1, 1, 8, 3), (pointwise(8, 4, RELU), depthwise()), 2, LAST),
 ]
 
 
@@ -74,6 +75,23 @@ def check(cases: list[ChainCase]) -> None:
 
 def test_tricky_chains():
     check(TRICKY)
+
+
+def test_parts_of_channels_last_images():
+    """Rows, or pixels, that do not follow each other; `bands` as no plan of ours says it."""
+    layers = (pointwise(20, 4, RELU), depthwise())
+    chains = nn.ModuleList(ChainModule(ChainCase((2, 24, 9, 7), layers, bands, LAST)) for bands in (2, 0))
+    x = torch.randn(2, 24, 12, 18).to(memory_format=torch.channels_last)
+
+    def parts(x: Tensor) -> list[Tensor]:
+        return [x[..., 1:10, 2:9], x[:1, :, 3:, :14:2]]
+
+    def on_parts(x: Tensor) -> list[Tensor]:
+        return [chain(part) for chain, part in zip(chains, parts(x), strict=True)]
+
+    outs, _ = run(on_parts, x, dynamic=False)
+    for chain, part, out in zip(chains, parts(x), outs, strict=True):
+        torch.testing.assert_close(out.double(), chain.reference(part), rtol=1e-4, atol=1e-5)
 
 
 @st.composite

@@ -307,20 +307,3 @@ def test_sentences(table, spec, name, sentence):
 )
 def test_format_seconds(seconds, text):
     assert cost.format_seconds(seconds) == text
-
-
-def test_tiles_of_narrow_rows_wait_for_their_products():
-    """Input lines 4 KiB apart leave a tile one row of seven pixels: seven sums, and each takes its time."""
-    strided = {"dtype": "bfloat16", "stride": (2, 2)}
-    narrow = conv_site(96, 1024, 3, 14, 1, **strided)
-    wide = conv_site(96, 1024, 3, 56, 1, **strided)
-    spec = SPECS["avx512-2core"]
-
-    def rate(site, block):
-        record = cost.sparse_cost(site, block, spec, "cpu_bf16")
-        return cost.value(record.flops) / cost.value(record.compute_seconds)
-
-    assert rate(narrow, (16, 16)) < 0.8 * rate(wide, (16, 16))
-    assert rate(narrow, (32, 32)) > 0.95 * rate(wide, (32, 32))  # two vectors by seven pixels
-    assert cost.choose(narrow, [even_pattern(narrow, 0.9, (16, 16))], spec).is_dense
-    assert not cost.choose(narrow, [even_pattern(narrow, 0.5, (16, 16))], spec).is_dense

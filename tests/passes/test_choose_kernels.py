@@ -6,9 +6,10 @@ import importlib
 
 import pytest
 import torch
+from layer_cases import conv_site, even_pattern
 from torch import nn
 
-from blocksparse_compiler import BlockPattern, trace
+from blocksparse_compiler import BlockPattern, cost, trace
 from blocksparse_compiler.backend import compiled_graphs
 from blocksparse_compiler.devices import SPECS
 from blocksparse_compiler.passes.choose_kernels import choose_kernels
@@ -69,3 +70,37 @@ def test_the_device_is_looked_at_once_for_all_layers(monkeypatch):
     model = nn.Sequential(*(pruned(nn.Linear(64, 64), (32, 32)) for _ in range(3))).eval()
     plan = choose_kernels(trace(model, torch.randn(8, 64)))
     assert len(plan) == 3 and asked == ["cpu"]
+
+
+def test_tiles_of_narrow_rows_wait_for_their_products():
+    """Input lines 4 KiB apart leave a tile one row of seven pixels: seven sums, and each takes its time."""
+    strided = {"dtype": "bfloat16", "stride": (2, 2)}
+    narrow = conv_site(96, 1024, 3, 14, 1, **strided)
+    wide = conv_site(96, 1024, 3, 56, 1, **strided)
+    spec = SPECS["avx512-2core"]
+
+    def rate(site, block):
+        record = cost.sparse_cost(site, block, spec, "cpu_bf16")
+        return cost.value(record.flops) / cost.value(record.compute_seconds)
+
+    assert rate(narrow, (16, 16)) < 0.8 * rate(wide, (16, 16))
+    assert rate(narrow, (32, 32)) > 0.95 * rate(wide, (32, 32))  # two vectors by seven pixels
+    assert cost.choose(narrow, [even_pattern(narrow, 0.9, (16, 16))], spec).is_dense
+    assert not cost.choose(narrow, [even_pattern(narrow, 0.5, (16, 16))], spec).is_dense
+
+
+def test_scattered_weights_pay_for_panels_that_exceed_l1():
+    """Half of 320 inputs by 112 pixels stay dense: a panel of 140 KiB comes from L2 while products wait."""
+    spec = SPECS["avx512-2core"]
+    site = conv_site(768, 320, 1, 14, 1)
+    small = conv_site(768, 64, 1, 14, 1)
+
+    def rate(site):
+        record = cost.sparse_cost(site, (2, 1), spec, "cpu_f32_spmm", density=0.75)
+        return cost.value(record.flops) / cost.value(record.compute_seconds)
+
+    assert rate(site) < 0.75 * rate(small)
+    assert cost.choose(
+        site, [even_pattern(site, 0.5, (1, 1)), even_pattern(site, 0.75, (2, 1))], spec
+    ).is_dense
+    assert not cost.choose(site, [even_pattern(site, 0.15, (1, 1))], spec).is_dense

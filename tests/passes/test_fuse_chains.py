@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from blocksparse_compiler import Plan
-from blocksparse_compiler.layer_chain import Depthwise, Pointwise
+from blocksparse_compiler.layer_chain import MEMBER, Depthwise, Pointwise
 
 OPS = torch.ops.blocksparse
 
@@ -192,6 +193,18 @@ def test_a_layer_that_the_user_takes_out_leaves_the_others_alone():
     check(gm, model, x)
 
 
+def test_strides_that_no_chain_has():
+    """A plan may put any layer into a chain."""
+    model = steps(lambda a, b, c, x: c(b(a(x))), point(32, 48), deep(48, (1, 5)), point(48, 32))
+    x = torch.randn(1, 32, 4, 85)
+    _, plan = lowered(model, x)
+    config = {MEMBER: 0, "bands": 2}
+    chained = (replace(d, config={**d.config, **config}) for d in plan)
+    gm, _ = lowered(model, x, plan=replace(plan, decisions=tuple(chained)))
+    assert not chains(gm) and alone(gm) == 3
+    check(gm, model, x)
+
+
 def test_a_saved_plan_gives_the_same_chains():
     model, x = residuals(), torch.randn(1, 32, 14, 14)
     gm, plan = lowered(model, x)
@@ -238,7 +251,7 @@ def programs(draw):
     return program, draw(st.lists(st.integers(1, len(drawn)), max_size=1))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(programs(), st.integers(1, 3))
 def test_every_planned_chain_is_fused_and_right(program, images):
     model = Program(*program).eval()
