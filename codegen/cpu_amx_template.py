@@ -112,7 +112,7 @@ class AmxTemplate(KernelTemplate):
         self.block_shape, self.parameters = block_shape, parameters
         self.width = product_width(block_shape)
         emulation = ("amx_emulation.h",) if _emulated else ()
-        self.headers = ("block_sparse.h", *emulation, "block_sparse_amx.h")
+        self.headers = (*emulation, "block_sparse_amx.h")
 
     def header(self) -> Any:
         text = super().header()

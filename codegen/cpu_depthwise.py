@@ -73,7 +73,7 @@ class DepthwiseTemplate(KernelTemplate):
     """
 
     source = "cpu_f32_depthwise.cpp.jinja"
-    headers = ("block_sparse.h", "depthwise_f32.h")
+    headers = ("geometry.h", "depthwise_f32.h")
     operands = ("X", "Weight", "Bias")
 
     def __init__(

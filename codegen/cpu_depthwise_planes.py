@@ -34,7 +34,7 @@ class DepthwisePlanesTemplate(KernelTemplate):
     """
 
     source = "cpu_f32_depthwise_planes.cpp.jinja"
-    headers: tuple[str, ...] = ("block_sparse.h", "depthwise_planes_f32.h")
+    headers: tuple[str, ...] = ("depthwise_planes_f32.h",)
     operands: tuple[str, ...] = ("X", "Weight", "Bias")
 
     def __init__(

@@ -20,7 +20,7 @@ class IntegerTemplate(BlockSparseTemplate):
         Others as `BlockSparseTemplate`.
     """
 
-    headers = ("block_sparse.h", "block_sparse_int8.h")
+    headers = (*BlockSparseTemplate.headers, "block_sparse_int8.h")
     operands = ("X", "Values", "RowPtr", "TileIndex", "Scale", "WeightSums", "Bias")
     tables = ("Scale", "WeightSums", "Bias")
 

@@ -98,7 +98,6 @@ class LayerChainTemplate(KernelTemplate):
 
     source = "cpu_f32_layer_chain.cpp.jinja"
     headers = (
-        "block_sparse.h",
         "sparse_rows_f32.h",
         "depthwise_planes_f32.h",
         "activations_f32.h",

@@ -82,7 +82,7 @@ class PointwiseDepthwiseTemplate(DepthwisePlanesTemplate):
     """
 
     source = "cpu_f32_pointwise_depthwise.cpp.jinja"
-    headers = ("block_sparse.h", "sparse_rows_f32.h", "depthwise_planes_f32.h", "activations_f32.h")
+    headers = ("sparse_rows_f32.h", "depthwise_planes_f32.h", "activations_f32.h")
     operands = ("X", "Values", "RowPtr", "TileIndex", "RowBias", "Weight", "Bias")
 
     def __init__(

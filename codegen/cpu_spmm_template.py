@@ -72,7 +72,7 @@ class SparseRowsTemplate(KernelTemplate):
     """
 
     source = "cpu_f32_spmm.cpp.jinja"
-    headers = ("block_sparse.h", "sparse_rows_f32.h")
+    headers = ("sparse_rows_f32.h",)
     operands = ("X", "Values", "RowPtr", "TileIndex", "Bias")
 
     def __init__(

@@ -33,7 +33,7 @@ class BlockSparseTemplate(KernelTemplate):
     """
 
     source = "cpu_block_sparse.cpp.jinja"
-    headers: tuple[str, ...] = ("block_sparse.h",)
+    headers: tuple[str, ...] = ("geometry.h", "operands.h", "block_sparse.h")
     operands: tuple[str, ...] = ("X", "Values", "RowPtr", "TileIndex", "Bias")
     tables: tuple[str, ...] = ("Bias",)
     """Those that hold a number for each output channel."""

@@ -40,7 +40,7 @@ class TileGradientTemplate(KernelTemplate):
     """
 
     source = "cpu_f32_gradient.cpp.jinja"
-    headers = ("block_sparse.h", "tile_gradient_f32.h")
+    headers = ("tile_gradient_f32.h",)
     operands = ("Grad", "X", "TileIndex")
 
     def __init__(

@@ -27,7 +27,7 @@ class KernelTemplate(CppTemplate):
     source: str
     """The text, in `templates/`."""
     headers: tuple[str, ...]
-    """What is pasted in front of it, from `include/`, before what the epilogue needs."""
+    """What is pasted in front of it, from `include/`, besides what all need."""
     operands: tuple[str, ...]
     """What the text calls the inputs; the last one, the bias, may be missing."""
 
@@ -50,9 +50,8 @@ class KernelTemplate(CppTemplate):
             """Of an input: the kernel gets the storage of a view, without the view's offset."""
             return f"{name} + {cexpr(inputs[name].get_layout().offset)}"
 
-        headers = map(_header_text, (*self.headers, "epilogue.h"))
         options = {
-            "prelude": "\n".join([self.header().getvalue(), *headers]),
+            "prelude": self._prelude(),
             "kernel": kernel,
             "profile": kernel.maybe_codegen_profile().replace(kernel.kernel_name, KERNEL_DESCRIPTION),
             "inputs": inputs,
@@ -70,6 +69,11 @@ class KernelTemplate(CppTemplate):
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(fused.raw)):
             return self._template_from_string(text).render(**options)
 
+    def _prelude(self) -> str:
+        names = ("lanes.h", "threads.h", *self.headers, "epilogue.h")
+        texts = [(_HERE / "include" / name).read_text() for name in names]
+        return "\n".join([self.header().getvalue(), *texts])
+
     def _options(self, output: OutputMatrix) -> dict[str, Any]:
         """What else the text needs: sizes, and `store`, which gives C++ that stores a tile."""
         raise NotImplementedError
@@ -78,7 +82,3 @@ class KernelTemplate(CppTemplate):
         """Rows and columns of the matrix as which the output `out` lies in memory."""
         *rows, columns = out.get_size()
         return sympy.prod(rows), columns
-
-
-def _header_text(name: str) -> str:
-    return (_HERE / "include" / name).read_text()

@@ -1,4 +1,4 @@
-// Block-sparse layers on 8-bit integers. Follows block_sparse.h in the same source.
+// Block-sparse layers on 8-bit integers. Follows operands.h in the same source.
 //
 //   out[p][o] = bias[o] + scale[o] * (sum over kept tiles of (x[p + tap][c] - zero point) * w[c][o])
 //

@@ -4,7 +4,7 @@
 //
 // A chunk of output rows is first packed into panels, one per channel block: dy as [pixel][BH], x as
 // [row][column][BW] with the padding filled in. Panels have no power-of-two strides, which would collide in
-// the cache, no borders, and serve all tiles and taps. Follows block_sparse.h in the same source.
+// the cache, no borders, and serve all tiles and taps.
 #ifndef BLOCK_SPARSE_TILE_GRADIENT_F32
 #define BLOCK_SPARSE_TILE_GRADIENT_F32
 
