@@ -15,17 +15,23 @@ from functools import cached_property
 
 from .chain_bands import ChainBands, Step
 from .cpu_spmm import SPMM
-from .depthwise import DEPTHWISE, RATE, depthwise_cost
+from .depthwise import DEPTHWISE, depthwise_cost
 from .devices import DeviceSpec
 from .layer_chain import CHAIN, Chain
 from .layouts import CHANNELS_FIRST
 from .pattern import BlockPattern
 from .plan import Site
 from .roofline import OVERLAP, memory_seconds, value
-from .spmm_roofline import MULTIPLY_RATE, OTHER_CORE_BYTES_PER_SECOND, sparse_rows_cost
+from .spmm_roofline import OTHER_CORE_BYTES_PER_SECOND, sparse_rows_cost
 
 BARRIER_SECONDS = 1e-6
 """For threads to meet: a line of memory goes from core to core and back, and the slowest is waited for."""
+
+RATE = 0.8
+"""Of peak, at which 1x1 convolutions multiply; a device's `efficiency` may know better."""
+
+DEPTHWISE_SHARE = 0.7
+"""The rate of depthwise layers over that of 1x1 convolutions; both fitted to MobileNet-v2 on Zen 5."""
 
 _FLOAT = 4
 
@@ -180,10 +186,10 @@ def turns(device: DeviceSpec, images: int, bands: int) -> int:
 def one_thread(device: DeviceSpec, images: int, bands: int) -> DeviceSpec:
     """The device as one thread has it, while others work on their bands."""
     busy = max(1, min(device.threads, images * bands))
-    rate = device.efficiency.get(CHAIN, MULTIPLY_RATE)
+    rate = device.efficiency.get(CHAIN, RATE)
     return replace(
         device,
-        efficiency={**device.efficiency, SPMM.name: rate, DEPTHWISE.name: rate * RATE / MULTIPLY_RATE},
+        efficiency={**device.efficiency, SPMM.name: rate, DEPTHWISE.name: rate * DEPTHWISE_SHARE},
         threads=1,
         l3_bytes=max(1, device.l3_bytes // busy),
         l3_bytes_per_second=device.l3_bytes_per_second / busy,
