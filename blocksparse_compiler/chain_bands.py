@@ -62,7 +62,7 @@ class BandTensor:
         rows: that a band owns; the last band may own fewer.
         first: for each band, the image row that its memory begins with.
         count: most rows in the memory of a band.
-        pitch: floats between two channels there.
+        pitch: floats between two channels there; 0 for a tensor that is never there as a whole.
         offset: of the tensor in the band's memory, in floats.
     """
 
@@ -140,7 +140,7 @@ class ChainBands:
         wanted = max(1, (most - _reach(step.depthwise)) // step.depthwise.stride[0] + 1)
         parts = -(-rows // wanted)
         step = replace(step, strip=-(-rows // parts))
-        inner_rows = max(self._inner_rows(step), default=1)
+        inner_rows = max(1, *self._inner_rows(step))  # none where all that is read lies outside of the image
         pitch = _plane(self.vectors(inner_rows, self.sizes[step.reads][2]) * self.lanes)
         return replace(step, inner_rows=inner_rows, inner_pitch=pitch)
 
@@ -187,9 +187,10 @@ class ChainBands:
         return -(-rows * width // self.lanes)
 
     def _place(self) -> None:
-        """Gives each tensor a pitch, and memory that no live tensor holds."""
+        """Gives each tensor between steps a pitch, and memory that no live tensor holds."""
         busy: list[tuple[int, int, int]] = []  # offset, end, last step that it lives in
-        for number, tensor in enumerate(self.tensors):
+        for number in (0, *(step.writes for step in self.steps)):
+            tensor = self.tensors[number]
             pitch = self._pitch(number, tensor)
             # The highest blocks write, and transposes read, whole groups of channels.
             group = SIDE if number == len(self.tensors) - 1 else max(HEIGHTS)

@@ -20,6 +20,7 @@ from .passes.choose_training import choose_training
 from .passes.fixed_weights import FixedWeights
 from .passes.fold_batch_norm import fold_batch_norm
 from .passes.fold_constants import fold_constants
+from .passes.fold_pads import fold_pads
 from .passes.fuse_depthwise import choose_fusions
 from .passes.permute_channels import permute_channels
 from .pattern import BlockShape
@@ -45,6 +46,7 @@ def plan(
     spec = None if device is None else find_device(device)
     copied = copy_graph(gm)
     fold_constants(copied)
+    fold_pads(copied)
     fold_batch_norm(copied)
     permute_channels(copied)
     chosen = choose_kernels(copied, spec, block_shape=block_shape, allow_dense=allow_dense, hints=hints)

@@ -221,11 +221,13 @@ def _distinct_sites(
     from .passes.find_sites import find_sites
     from .passes.fold_batch_norm import fold_batch_norm
     from .passes.fold_constants import fold_constants
+    from .passes.fold_pads import fold_pads
     from .planning import copy_graph
     from .trace import trace
 
     graph = copy_graph(trace(model, *inputs))
     fold_constants(graph)
+    fold_pads(graph)
     fold_batch_norm(graph)
     names: dict[Site, list[str]] = {}
     for site in find_sites(graph):

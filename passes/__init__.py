@@ -14,6 +14,7 @@ from .choose_training import choose_training
 from .find_sites import find_sites
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
+from .fold_pads import fold_pads
 from .fold_zero_blocks import fold_zero_blocks
 from .fuse_chains import fuse_chains
 from .fuse_depthwise import choose_fusions, fuse_depthwise
@@ -37,6 +38,7 @@ __all__ = [
     "find_sites",
     "fold_batch_norm",
     "fold_constants",
+    "fold_pads",
     "fold_zero_blocks",
     "fuse_chains",
     "fuse_depthwise",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .. import padded_conv as _padded_conv  # noqa: F401  registers an operator
+
 aten = torch.ops.aten
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -26,6 +28,7 @@ _ATEN_BATCH_NORM = ("input", "weight", "bias", "running_mean", "running_var", "t
 # target -> (number of spatial dimensions or None when the arguments tell, transposed, argument names)
 _LAYERS: dict[Any, tuple[int | None, bool, tuple[str, ...]]] = {
     torch._C._nn.linear: (0, False, _LINEAR),
+    torch.ops.blocksparse.padded_conv2d.default: (2, False, _CONV),
     aten.linear.default: (0, False, _LINEAR),
     aten.convolution.default: (None, False, _CONVOLUTION),
 }
@@ -190,6 +193,8 @@ def _padding(
             return None
         reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((r // 2, r - r // 2) for r in reach)
+    if dims > 1 and isinstance(value, list | tuple) and len(value) == 2 * dims:  # of padded_conv2d
+        return tuple(zip(value[::2], value[1::2], strict=True))
     each = _per_dim(value, dims)
     return None if each is None else tuple((p, p) for p in each)
 

@@ -23,6 +23,7 @@ from .choose_kernels import choose_kernels
 from .choose_layouts import choose_layouts
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
+from .fold_pads import fold_pads
 from .fuse_chains import fuse_chains
 from .fuse_depthwise import choose_fusions, fuse_depthwise
 from .lower_quantized import lower_quantized
@@ -85,6 +86,7 @@ def _choose_fusions(gm: GraphModule, context: PassContext) -> int:
 
 PIPELINE: tuple[tuple[str, Callable[[GraphModule, PassContext], int]], ...] = (
     ("fold_constants", lambda gm, _: fold_constants(gm)),
+    ("fold_pads", lambda gm, _: fold_pads(gm)),
     ("fold_batch_norm", lambda gm, _: fold_batch_norm(gm)),
     ("permute_channels", lambda gm, _: permute_channels(gm)),
     ("choose_kernels", _choose),
