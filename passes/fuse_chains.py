@@ -88,11 +88,17 @@ def _chain(gm: GraphModule, nodes: Sequence[Node], values: StaticValues) -> list
     """These layers as a chain; empty if they are none."""
     links = Links(gm, lambda node: lowered_kind(node) if node in nodes else None).behind(nodes[0])
     constants = all(values.is_static(operand) for node in nodes for operand in _operands(node))
-    if len(links) == len(nodes) > 1 and is_closed(links) and constants:
+    if len(links) == len(nodes) > 1 and is_closed(links) and constants and _same_bands(nodes):
         return links
     names = ", ".join(str(node.meta.get("blocksparse_layer", node.name)) for node in nodes)
     log.warning("layers that the plan runs as one chain run one by one, as they are none here: %s", names)
     return []
+
+
+def _same_bands(nodes: Sequence[Node]) -> bool:
+    """Whether all layers name the same number of bands: a plan may have been edited."""
+    first, *others = (_config(node).parameters.get("bands", 1) for node in nodes)
+    return isinstance(first, int) and first > 0 and all(bands == first for bands in others)
 
 
 def _operands(node: Node) -> list[Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 
@@ -203,6 +204,18 @@ def test_strides_that_no_chain_has():
     gm, _ = lowered(model, x, plan=replace(plan, decisions=tuple(chained)))
     assert not chains(gm) and alone(gm) == 3
     check(gm, model, x)
+
+
+@pytest.mark.parametrize("bands", [0, -2, 2.5, "two"])
+def test_bands_of_an_edited_plan_that_are_none(bands, caplog):
+    model = steps(lambda a, b, c, x: c(b(a(x))), point(32, 48), deep(48), point(48, 32))
+    _, plan = lowered(model, X)
+    one, *others = plan
+    edited = dataclasses.replace(one, config={**one.config, "bands": bands})
+    gm, _ = lowered(model, X, plan=Plan((edited, *others)))
+    assert planned(plan) and not chains(gm) and alone(gm) == 3
+    assert "run one by one" in caplog.text
+    check(gm, model, X)
 
 
 def test_a_saved_plan_gives_the_same_chains():
