@@ -47,7 +47,7 @@ def _zeros_around(node: Node) -> Padding | None:
         return None
     if not isinstance(pad, list | tuple) or not all(isinstance(p, int) and p >= 0 for p in pad):
         return None
-    left, right, top, bottom, *others = (*pad, *(0,) * (4 - len(pad)))
+    left, right, top, bottom, *others = [*tuple(pad), 0, 0, 0, 0][: max(4, len(pad))]
     return None if any(others) else (top, bottom, left, right)
 
 
