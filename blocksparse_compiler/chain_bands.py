@@ -120,7 +120,7 @@ class ChainBands:
         """Rows of its input that output rows `begin` to `end` of a step are computed from; none for none."""
         if step.depthwise is None or begin == end:
             return begin, end
-        stride, reach = step.depthwise.stride[0], _reach(step.depthwise)
+        stride, reach = step.depthwise.stride[0], step.depthwise.reach
         top, height = begin * stride - step.depthwise.padding[0], self.sizes[step.reads][1]
         bottom = (end - 1) * stride - step.depthwise.padding[0] + reach
         return min(height, max(0, top)), max(0, min(height, bottom))
@@ -136,8 +136,8 @@ class ChainBands:
         if step.depthwise is None or step.pointwise is None:
             return replace(step, strip=rows)
         row_bytes = 4 * step.pointwise.height * self.sizes[step.reads][2]
-        most = max(_reach(step.depthwise), INNER_BYTES // row_bytes)
-        wanted = max(1, (most - _reach(step.depthwise)) // step.depthwise.stride[0] + 1)
+        most = max(step.depthwise.reach, INNER_BYTES // row_bytes)
+        wanted = max(1, (most - step.depthwise.reach) // step.depthwise.stride[0] + 1)
         parts = -(-rows // wanted)
         step = replace(step, strip=-(-rows // parts))
         inner_rows = max(1, *self._inner_rows(step))  # none where all that is read lies outside of the image
@@ -261,11 +261,6 @@ def _steps(chain: Chain) -> Iterator[Step]:
             yield Step((i, i + 1), layer, behind)
         else:
             yield Step((i,), layer, None)
-
-
-def _reach(layer: Depthwise) -> int:
-    """Rows from the first one that an output row reads to the last."""
-    return layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
 
 
 def _free(busy: list[tuple[int, int, int]], size: int) -> int:

@@ -64,7 +64,7 @@ class ChainCost:
     def seconds(self, begin: int, end: int) -> float:
         """Steps `begin` to `end` as a kernel of their own, between tensors that lie channels last."""
         steps = self.cut.steps
-        ends = [self._end(steps[begin].reads, False), self._end(steps[end - 1].writes, False)]
+        ends = [self._end(steps[begin].reads), self._end(steps[end - 1].writes)]
         met = sum(self.exchanges[begin + 1 : end])  # the first step's rows come with the input
         busy = sum(sum(seconds) for seconds in self.computed[begin:end])
         return self.turns * (busy + met + sum(ends)) + self.device.sparse_call_seconds
@@ -85,7 +85,7 @@ class ChainCost:
     def computed(self) -> list[list[float]]:
         """Seconds of each layer of each step, on the busiest band."""
         return [
-            [max(times) for times in zip(*(self._step(s, band) for band in self._bands(s)), strict=True)]
+            [max(times) for times in zip(*(self._step(s, band) for band in self._busiest), strict=True)]
             for s in self.cut.steps
         ]
 
@@ -94,8 +94,9 @@ class ChainCost:
         """Seconds that a thread waits for others before each step."""
         return [self._exchange(step) for step in self.cut.steps]
 
-    def _bands(self, step: Step) -> list[int]:
-        """Those that may be the busiest: at an end of the image, or between others."""
+    @property
+    def _busiest(self) -> list[int]:
+        """Bands that may be the busiest: at an end of the image, or between others."""
         return [0, 1][: self.bands]
 
     def _step(self, step: Step, band: int) -> Iterator[float]:
@@ -138,11 +139,10 @@ class ChainCost:
         rows = max(len(self.cut.halo(step, band)) for band in range(self.bands))
         return BARRIER_SECONDS + _FLOAT * rows * channels * width / OTHER_CORE_BYTES_PER_SECOND
 
-    def _end(self, tensor: int, is_first: bool) -> float:
+    def _end(self, tensor: int) -> float:
         held = self.cut.tensors[tensor]
         size = held.channels, held.count, held.width
-        others = self.device.threads if self.images < self.device.threads else 1
-        return band_copy_seconds(size, is_first, self._thread, others)
+        return band_copy_seconds(size, False, self._thread)
 
     @cached_property
     def _thread(self) -> DeviceSpec:
@@ -165,7 +165,9 @@ def end_seconds(
     return turns(device, images, bands) * copy
 
 
-def band_copy_seconds(size: tuple[int, int, int], is_first: bool, thread: DeviceSpec, threads: int) -> float:
+def band_copy_seconds(
+    size: tuple[int, int, int], is_first: bool, thread: DeviceSpec, threads: int = 1
+) -> float:
     """To copy rows in or out: pixels of channels-last tensors are transposed.
 
     Args:

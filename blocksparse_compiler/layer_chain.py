@@ -76,6 +76,11 @@ class Depthwise:
     def window(self) -> Window:
         return Window(self.kernel_size, self.stride, self.padding, self.dilation)
 
+    @property
+    def reach(self) -> int:
+        """Rows from the first one that an output row reads to the last."""
+        return self.dilation[0] * (self.kernel_size[0] - 1) + 1
+
     def encode(self) -> str:
         geometry = (*self.kernel_size, *self.stride, *self.padding, *self.dilation)
         numbers = ",".join(map(str, geometry))
@@ -179,7 +184,7 @@ def pack_filters(weight: Tensor) -> Tensor:
 
 def pack_bias(bias: Tensor | None, channels: int) -> Tensor:
     """One layer's part of `biases`: zeros up to a multiple of `SIDE`."""
-    padded = torch.zeros(_whole(channels))
+    padded = torch.zeros(_whole(channels), dtype=torch.float32)
     if bias is not None:
         padded[:channels] = bias
     return padded

@@ -158,8 +158,7 @@ class LayerChainTemplate(KernelTemplate):
         )
         if depthwise is None:
             return text
-        reach = depthwise.dilation[0] * (depthwise.kernel_size[0] - 1) + 1
-        return replace(text, stride=depthwise.stride[0], top=depthwise.padding[0], reach=reach)
+        return replace(text, stride=depthwise.stride[0], top=depthwise.padding[0], reach=depthwise.reach)
 
     def _number(self, activation: Activation) -> int:
         return self.activations.index(activation)

@@ -129,7 +129,7 @@ class _Operands:
 
     def constants(self, gm: GraphModule) -> list[Node]:
         """The weights as the operator takes them: `[1, n]` each."""
-        floats, integers = torch.zeros(0), torch.zeros(0, dtype=torch.int32)
+        floats, integers = (torch.zeros(0, dtype=dtype) for dtype in (torch.float32, torch.int32))
         return [
             set_constant(gm, "chain_values", concatenated(self.values, floats)),
             set_constant(gm, "chain_row_ptr", concatenated(self.row_ptr, integers)),

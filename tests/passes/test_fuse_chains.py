@@ -57,6 +57,16 @@ def test_constants_of_single_layers_are_gone():
     assert len(list(gm.buffers())) == 5, "values, row_ptr, tile_index, filters, biases"
 
 
+def test_constants_are_fp32_whatever_the_default():
+    model, x = residuals(), torch.randn(1, 32, 14, 14)
+    torch.set_default_dtype(torch.float64)
+    try:
+        gm, _ = lowered(model, x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert chains(gm) and {b.dtype for b in gm.buffers()} == {torch.float32, torch.int32}
+
+
 def test_depthwise_first_and_several_images():
     model, x = separable(), torch.randn(3, 32, 15, 13).to(memory_format=torch.channels_last)
     gm, _ = lowered(model, x)
